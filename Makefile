@@ -1,0 +1,58 @@
+# make setup | quickstart | test | check | coverage | test-wheel | mini-math
+# On Linux without an NVIDIA card, PyPI's torch brings 2 GB of CUDA along; the CPU build is smaller:
+#   make setup TORCH="torch==2.13.0 --index-url https://download.pytorch.org/whl/cpu"
+TORCH  ?= torch==2.13.0
+VENV   ?= .venv
+EXTRAS ?= train,similarity,dev
+
+BIN    := $(VENV)/bin
+STAMP  := $(VENV)/.installed
+
+# glibc gives every large tensor back to the kernel and asks for it again in the next operation: half of the CPU time
+# of a small model was system time. These make it keep the memory; other allocators ignore them.
+MALLOC := MALLOC_MMAP_THRESHOLD_=4294967296 MALLOC_TRIM_THRESHOLD_=8589934592 MALLOC_TOP_PAD_=268435456
+# Tests use tiny tensors: more threads only get in each other's way.
+ONE_THREAD := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false
+
+.PHONY: setup quickstart test check coverage test-wheel mini-math
+.DELETE_ON_ERROR:
+
+setup: $(STAMP)
+
+$(STAMP): pyproject.toml constraints.txt
+	@set -eu; \
+	python=; for name in $(or $(PYTHON),python3.11 python3.12 python3.13 python3); do \
+	  if command -v "$$name" >/dev/null 2>&1 && "$$name" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null; \
+	  then python=$$name; break; fi; \
+	done; \
+	if [ -z "$$python" ]; then \
+	  echo "omniopd needs Python 3.11 or newer; found $$(python3 --version 2>&1 || echo none)." >&2; \
+	  echo "Install one, or name it: make setup PYTHON=/path/to/python3.11" >&2; exit 1; \
+	fi; \
+	if [ ! -x $(BIN)/python ]; then "$$python" -m venv $(VENV); fi
+	$(BIN)/python -m pip install $(TORCH)
+	$(BIN)/python -m pip install -c constraints.txt -e ".[$(EXTRAS)]"
+	@touch $@
+
+quickstart: setup
+	@set -eu; run=quickstart-$$(date +%Y%m%d-%H%M%S); \
+	$(MALLOC) $(BIN)/omniopd train quickstart --run-name "$$run"; \
+	$(BIN)/omniopd report "runs/$$run"
+
+test: setup
+	$(ONE_THREAD) $(BIN)/python -m pytest -q
+
+check: setup
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+
+coverage: setup
+	$(ONE_THREAD) $(BIN)/python -m pytest -q --cov --cov-report=term-missing
+
+test-wheel: setup
+	$(ONE_THREAD) $(BIN)/python -m pytest -q -m packaging --timeout 1800 tests/test_packaging.py
+
+# Trains the two models that lie in omniopd/worlds/mini_math/models from nothing; about 15 minutes on two cores.
+mini-math: setup
+	$(MALLOC) $(BIN)/python -m omniopd.worlds.mini_math.build

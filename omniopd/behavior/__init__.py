@@ -1,0 +1,1 @@
+"""Behavior: who writes the rollouts."""

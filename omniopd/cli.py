@@ -1,0 +1,240 @@
+"""The command line: parse the words, then hand over to `omniopd.commands`. Loads no third-party package itself."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NoReturn, TypeAlias
+
+from omniopd import __version__, commands
+from omniopd.errors import OmniOPDError
+
+if TYPE_CHECKING:
+    # The type has no public name.
+    Subparsers: TypeAlias = argparse._SubParsersAction[Any]
+
+_DESCRIPTION = """\
+Train a student model from a teacher that can only be prompted.
+
+  omniopd train quickstart                                     a small run that needs no key and no GPU
+  omniopd train --teacher openai:gpt-4o --student Qwen/Qwen3-1.7B --data prompts.jsonl
+  omniopd train my.yaml learner.learning_rate=2e-6 --dry-run   what would happen, and what it would cost
+"""
+
+_TRAIN = """\
+Settings come from run files, from left to right, then from `key.path=value` words, whose values are read as YAML:
+
+  omniopd train quickstart steps=100 method.supervision.num_continuations=6
+  omniopd train base.yaml mine.yaml teacher.spec=vllm:Qwen/Qwen3-32B@http://host:8001/v1
+  omniopd train my.yaml preset=paper          the published settings beneath the file
+
+A FILE is a path, or the name of a run file that comes with omniopd (`omniopd configs list`). Without one, --teacher,
+--student and --data are enough. The run is written to OUTPUT/NAME; a folder that exists needs --resume or --overwrite.
+"""
+
+_SPEC = (
+    "PROVIDER:MODEL[@BASE_URL], e.g. openai:gpt-4o or vllm:Qwen/Qwen3-32B@http://host:8001/v1; keys come from the "
+    "environment"
+)
+
+_SCORE = """\
+Each line of IN is {"prompt": ..., "response": ...}; the prompt is text or a list of messages. Each line of OUT is the
+same row with `chunks`: their place in the response, their text and their score. Stopped half-way, the same command
+goes on where it was.
+"""
+
+
+class _Parser(argparse.ArgumentParser):
+    """Takes no abbreviated options and points to the settings when an option is not known."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        kwargs.setdefault("formatter_class", argparse.RawDescriptionHelpFormatter)
+        super().__init__(*args, **{"allow_abbrev": False} | kwargs)
+        # Every parser takes it, so it may stand before and after the command; SUPPRESS keeps the one from undoing the
+        # other.
+        self.add_argument(
+            "--traceback", action="store_true", default=argparse.SUPPRESS, help="show where an error came from"
+        )
+
+    def error(self, message: str) -> NoReturn:
+        self.print_usage(sys.stderr)
+        self.exit(2, f"{self.prog}: {message}\n{self.prog} --help explains the options\n")
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """Return the parser of all commands. Each sets `run` to the function in `omniopd.commands`."""
+    parser = _Parser(prog="omniopd", description=_DESCRIPTION)
+    parser.add_argument("--version", action="version", version=f"omniopd {__version__}")
+    subparsers = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
+    _add_train(subparsers)
+    _add_eval(subparsers)
+    _add_score(subparsers)
+    _add_report(subparsers)
+    _add_serve(subparsers)
+    _add_teachers(subparsers)
+    _add_configs(subparsers)
+    return parser
+
+
+def _add_train(subparsers: Subparsers) -> None:
+    train = subparsers.add_parser("train", help="train a student", description="Train a student.\n\n" + _TRAIN)
+    train.add_argument("settings", nargs="*", metavar="FILE|key.path=value", help="run files and single settings")
+    train.add_argument("--teacher", metavar="SPEC", help=_SPEC)
+    train.add_argument("--student", metavar="NAME", help="a local folder or a Hugging Face name (student.model)")
+    train.add_argument("--data", metavar="FILE", help="prompts: .jsonl, .json, .parquet or hf:NAME (data.train)")
+    train.add_argument("--run-name", metavar="NAME", help="name of the run folder (name)")
+    train.add_argument(
+        "--dry-run",
+        action="store_true",
+        help="check everything and show settings, objective, prompts and cost; no network, no GPU",
+    )
+    existing = train.add_mutually_exclusive_group()
+    existing.add_argument("--resume", action="store_true", help="continue from the newest checkpoint of the run folder")
+    existing.add_argument("--overwrite", action="store_true", help="delete an existing run folder first")
+    train.set_defaults(run=commands.train)
+
+
+def _add_eval(subparsers: Subparsers) -> None:
+    evaluate = subparsers.add_parser(
+        "eval",
+        help="measure a model on problems with answers",
+        description="Measure a model on problems with answers: the mean over K samples, pass@K and greedy accuracy.",
+    )
+    evaluate.add_argument("model", metavar="MODEL", help="a model folder, a Hugging Face name or a run folder's final/")
+    evaluate.add_argument("--data", required=True, metavar="FILE", help="problems with answers, as data.eval")
+    evaluate.add_argument("-k", type=int, default=16, help="samples for each problem (default: %(default)s)")
+    evaluate.add_argument("--temperature", type=float, default=1.0, help="default: %(default)s")
+    evaluate.add_argument("--max-tokens", type=int, default=1024, help="of each answer (default: %(default)s)")
+    evaluate.add_argument("--num-problems", type=int, default=200, help="the first so many (default: %(default)s)")
+    evaluate.add_argument(
+        "--compare", metavar="RESULT|MODEL", help="another model, or the JSON of an earlier evaluation"
+    )
+    evaluate.add_argument("--split", default="test", help="for hf: data (default: %(default)s)")
+    evaluate.add_argument("--prompt-template", metavar="TEXT", help="text with {prompt}, put around every problem")
+    evaluate.add_argument("--seed", type=int, default=0, help="default: %(default)s")
+    evaluate.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1 (default: %(default)s)")
+    evaluate.add_argument("-o", "--output", type=Path, metavar="FILE", help="write the result here as JSON")
+    evaluate.set_defaults(run=commands.evaluate)
+
+
+def _add_score(subparsers: Subparsers) -> None:
+    score = subparsers.add_parser(
+        "score",
+        help="reward answers that are already there",
+        description="Reward answers that are already there by what a teacher would have written. Spends money.\n\n"
+        + _SCORE,
+    )
+    score.add_argument("input", type=Path, metavar="IN.jsonl")
+    score.add_argument("--teacher", required=True, metavar="SPEC", help=_SPEC)
+    score.add_argument("-o", "--output", type=Path, required=True, metavar="OUT.jsonl")
+    score.add_argument(
+        "--similarity", default="edit", help="e.g. edit, rouge1, '0.5*edit + 0.5*numbers' (default: edit)"
+    )
+    score.add_argument("--num-continuations", type=int, default=4, help="for each chunk (default: %(default)s)")
+    score.add_argument("--chunk-words", type=int, default=12, help="length of a chunk (default: %(default)s)")
+    score.add_argument("--max-chunks", type=int, help="at most so many chunks of one answer (default: all)")
+    score.add_argument("--temperature", type=float, default=1.0, help="of the teacher (default: %(default)s)")
+    _add_continuation(score)
+    score.add_argument("--tokenizer", type=Path, metavar="FOLDER", help="the teacher's, for --continuation completions")
+    score.add_argument("--ledger", type=Path, metavar="FILE", help="keep answers here; asking again costs nothing")
+    score.add_argument("--budget-usd", type=float, help="stop before this is exceeded; needs a known price")
+    score.add_argument("--overwrite", action="store_true", help="start afresh instead of going on with OUT.jsonl")
+    score.set_defaults(run=commands.score)
+
+
+def _add_continuation(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--continuation",
+        default="auto",
+        choices=("auto", "completions", "prefill", "chat"),
+        help="how a partial answer is handed over (default: what the teacher's card says)",
+    )
+
+
+def _add_report(subparsers: Subparsers) -> None:
+    report = subparsers.add_parser(
+        "report", help="write a run's report.html", description="Write RUN/report.html: one file, no network needed."
+    )
+    report.add_argument("folder", type=Path, metavar="RUN", help="a run folder")
+    report.set_defaults(run=commands.report)
+
+
+def _add_serve(subparsers: Subparsers) -> None:
+    serve = subparsers.add_parser(
+        "serve",
+        help="serve an open-weight teacher",
+        description="Serve a model folder as a teacher over an OpenAI-compatible API, on this machine.",
+    )
+    serve.add_argument("model", metavar="MODEL_DIR", help="a model folder, or mini-math:teacher")
+    serve.add_argument("--host", default="127.0.0.1", help="default: %(default)s")
+    serve.add_argument("--port", type=int, default=8000, help="0 picks a free one (default: %(default)s)")
+    serve.add_argument("--model-name", metavar="NAME", help="what requests have to ask for (default: the folder's name)")
+    serve.add_argument("--device", default="auto", help="auto, cpu, cuda (default: %(default)s)")
+    serve.add_argument("--threads", type=int, help="CPU threads (default: torch's own)")
+    serve.add_argument("--announce", type=Path, metavar="FILE", help="write the base URL here once requests are taken")
+    serve.add_argument("--exit-with", type=int, metavar="PID", help="stop when that process ends")
+    serve.set_defaults(run=commands.serve)
+
+
+def _add_teachers(subparsers: Subparsers) -> None:
+    teachers = subparsers.add_parser(
+        "teachers",
+        help="the teachers that omniopd knows",
+        description="The teachers that omniopd knows: teacher cards.",
+    )
+    actions = teachers.add_subparsers(dest="action", metavar="ACTION", required=True)
+    actions.add_parser("list", help="all cards").set_defaults(run=commands.teachers_list)
+    show = actions.add_parser("show", help="one card")
+    show.add_argument("name", metavar="NAME")
+    show.set_defaults(run=commands.teachers_show)
+    check = actions.add_parser("check", help="send one small request; costs a fraction of a cent")
+    check.add_argument("spec", metavar="SPEC", help=_SPEC)
+    _add_continuation(check)
+    check.set_defaults(run=commands.teachers_check)
+
+
+def _add_configs(subparsers: Subparsers) -> None:
+    configs = subparsers.add_parser(
+        "configs", help="the run files that come with omniopd", description="The run files that come with omniopd."
+    )
+    actions = configs.add_subparsers(dest="action", metavar="ACTION", required=True)
+    actions.add_parser("list", help="names and what each is for").set_defaults(run=commands.configs_list)
+    show = actions.add_parser("show", help="print one, to copy from")
+    show.add_argument("name", metavar="NAME")
+    show.set_defaults(run=commands.configs_show)
+
+
+def parse(words: Sequence[str]) -> argparse.Namespace:
+    """Parse the command line. `train` may mix options, files and settings in any order."""
+    parser = build_parser()
+    args, rest = parser.parse_known_args(words)
+    # argparse stops collecting positional words at the first option that follows one.
+    is_setting = args.command == "train" and not any(word.startswith("-") for word in rest)
+    if rest and not is_setting:
+        unknown = next((word for word in rest if word.startswith("-")), rest[0])
+        hint = "; settings are written key.path=value, without dashes" if args.command == "train" else ""
+        parser.error(f"{args.command}: unknown argument {unknown!r}{hint}")
+    if rest:
+        args.settings += rest
+    return args
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command and return its exit code: 0 done, 2 an error that is explained, 130 interrupted."""
+    words = list(sys.argv[1:] if argv is None else argv)
+    args = parse(words)
+    args.argv = words
+    try:
+        code: int = args.run(args)
+    except OmniOPDError as error:
+        if "traceback" in args:
+            raise
+        print(f"omniopd: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        hint = "; the same command with --resume goes on from the last checkpoint" if args.command == "train" else ""
+        print(f"\nomniopd: interrupted{hint}", file=sys.stderr)
+        return 130
+    return code

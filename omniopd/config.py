@@ -1,0 +1,172 @@
+"""The run file: YAML and dotted overrides become one validated `RunConfig`. Loads neither torch nor openai.
+
+Precedence: class defaults < preset < files from left to right < `key.path=value`. Unknown keys fail with the nearest
+valid one. Signal parts are named here and validated against their own dataclasses, so there is one definition of each.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+
+class Section(BaseModel):
+    """A part of the run file. Unknown keys are errors."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True, use_attribute_docstrings=True)
+
+
+class LoraConfig(Section):
+    """Train low-rank adapters instead of all weights (peft)."""
+
+    rank: int = Field(default=32, ge=1)
+    alpha: float = Field(default=64.0, gt=0)
+    dropout: float = Field(default=0.0, ge=0, lt=1)
+    target_modules: str | list[str] = "all-linear"
+
+
+class StudentConfig(Section):
+    """The model that learns."""
+
+    model: str
+    """A local folder, a Hugging Face name, or `mini-math:student`."""
+    device: str = "auto"
+    """`auto`, `cpu`, `cuda`, `cuda:1`"""
+    dtype: Literal["auto", "float32", "bfloat16", "float64"] = "auto"
+    """`auto`: bfloat16 where the device computes it fast, else float32."""
+    lora: LoraConfig | None = None
+    gradient_checkpointing: bool = False
+    chat_template: str | None = None
+    """A Jinja file to use instead of the tokenizer's own template."""
+
+
+class TeacherConfig(Section):
+    """The model that is asked. Text in, text out, unless the method needs its weights."""
+
+    spec: str = "openai:gpt-4o"
+    """`provider:model[@base_url]`"""
+    serve: str | None = None
+    """Start `omniopd serve` on this model folder for the length of the run and ask that."""
+    continuation: Literal["auto", "completions", "prefill", "chat"] = "auto"
+    """How the student's prefix is handed over; `auto` takes the card's word."""
+    temperature: float | None = Field(default=1.0, ge=0)
+    """None leaves it to the server."""
+    top_p: float | None = Field(default=None, gt=0, le=1)
+    max_concurrency: int = Field(default=16, ge=1)
+    timeout_s: float = Field(default=60.0, gt=0)
+    """For one request."""
+    max_attempts: int = Field(default=5, ge=1)
+    budget_usd: float | None = Field(default=None, gt=0)
+    """Stop before this is exceeded. Needs a known price."""
+    max_missing_fraction: float = Field(default=0.5, ge=0, le=1)
+    """Stop the run when a larger share of the continuations of a step is unusable."""
+    extra_body: dict[str, Any] = Field(default_factory=dict)
+    """Sent with every request, for server-specific fields."""
+
+
+class DataConfig(Section):
+    """Where prompts come from."""
+
+    train: str
+    """A .jsonl, .json or .parquet file, `gsm8k:FILE`, `hf:NAME[/CONFIG]`, or `mini-math`."""
+    eval: str | None = None
+    """Held-out problems with answers; None switches evaluation off."""
+    split: str = "train"
+    """For `hf:` data."""
+    eval_split: str = "test"
+    max_prompts: int | None = Field(default=None, ge=1)
+    max_prompt_tokens: int = Field(default=2048, ge=1)
+    """Longer prompts are left out and counted."""
+    prompt_template: str | None = None
+    """Text with `{prompt}`, put around every prompt."""
+    system_prompt: str | None = None
+    on_bad_row: Literal["stop", "skip"] = "stop"
+    verifier: Literal["auto", "math", "mini-math", "exact", "none"] = "auto"
+    sampler: dict[str, Any] = Field(default_factory=lambda: {"type": "shuffled"})
+    """The prompt sampler, a part of `omniopd.prompts`."""
+
+
+class RolloutConfig(Section):
+    """How the student writes."""
+
+    engine: Literal["embedded"] = "embedded"
+    prompts_per_step: int = Field(default=16, ge=1)
+    group_size: int = Field(default=4, ge=1)
+    """Rollouts of the same prompt."""
+    max_tokens: int = Field(default=1024, ge=1)
+    temperature: float = Field(default=1.0, gt=0)
+    top_p: float = Field(default=1.0, gt=0, le=1)
+    batch_size: int = Field(default=64, ge=1)
+    """Sequences decoded together."""
+    max_steps_off_policy: int = Field(default=0, ge=0)
+
+
+class MethodConfig(Section):
+    """What supervises the student: parts of `omniopd.signals`, each `{type: NAME, ...}` in YAML."""
+
+    supervision: dict[str, Any] = Field(default_factory=lambda: {"type": "chunked"})
+    transforms: list[dict[str, Any]] = Field(default_factory=list)
+    """Filters and token weightings, applied in the order written."""
+
+
+class LearnerConfig(Section):
+    """The optimiser step."""
+
+    learning_rate: float = Field(default=1e-6, gt=0)
+    schedule: Literal["constant", "linear", "cosine"] = "constant"
+    warmup_steps: int = Field(default=0, ge=0)
+    weight_decay: float = Field(default=0.0, ge=0)
+    betas: tuple[float, float] = (0.9, 0.999)
+    max_grad_norm: float = Field(default=1.0, gt=0)
+    micro_batch_size: int = Field(default=2, ge=1)
+    """Rollouts in one forward pass; the step does not depend on it."""
+    aggregation: Literal["sequence_mean_token_sum", "token_mean"] = "sequence_mean_token_sum"
+    """`sequence_mean_token_sum` is the published objective: token sums, averaged over rollouts."""
+    logits_slice_tokens: int = Field(default=1024, ge=1)
+    """Tokens whose logits are in memory at once."""
+    losses: dict[str, dict[str, Any]] = Field(default_factory=dict)
+    """Overrides of the loss of a stream, e.g. `{kl: {type: reverse_kl}}`; a part of `omniopd.learner.losses`."""
+
+
+class EvalConfig(Section):
+    """Measurement on held-out problems."""
+
+    every: int = Field(default=0, ge=0)
+    """Also during training, every that many steps; 0: only before and after."""
+    num_problems: int = Field(default=200, ge=1)
+    k: int = Field(default=16, ge=1)
+    """Samples for each problem."""
+    temperature: float = Field(default=1.0, gt=0)
+    max_tokens: int | None = Field(default=None, ge=1)
+    """None: as in rollouts."""
+    k_during: int = Field(default=4, ge=1)
+    """Samples for each problem in the evaluations during training."""
+
+
+class RunConfig(Section):
+    """One run, complete."""
+
+    name: str = "run"
+    output: Path = Path("runs")
+    """The run folder is `output/name`."""
+    preset: Literal["paper"] | None = None
+    """`paper`: the published settings, field by field; the file may still override them."""
+    seed: int = 0
+    steps: int = Field(default=50, ge=1)
+    """Optimiser steps."""
+    save_every: int = Field(default=25, ge=1)
+    keep_checkpoints: int = Field(default=2, ge=1)
+    record_every: int = Field(default=1, ge=1)
+    """Steps between full rollout records."""
+    threads: int | None = Field(default=None, ge=1)
+    """CPU threads of the learner; None leaves it to torch."""
+    trackers: list[Literal["tensorboard", "wandb", "trackio"]] = Field(default_factory=lambda: ["tensorboard"])
+    student: StudentConfig
+    teacher: TeacherConfig = TeacherConfig()
+    data: DataConfig
+    rollout: RolloutConfig = RolloutConfig()
+    method: MethodConfig = MethodConfig()
+    learner: LearnerConfig = LearnerConfig()
+    eval: EvalConfig = EvalConfig()

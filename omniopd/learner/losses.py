@@ -1,0 +1,160 @@
+"""Per-token losses. Each reads a slice of tokens and returns one value a token; the learner weights and adds them up.
+
+Shape letters: N tokens of a slice, V vocabulary. All inputs are float32 (float64 in tests).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, ClassVar, Protocol
+
+from torch import Tensor
+
+from omniopd.errors import ConfigError
+
+
+@dataclass(frozen=True, slots=True)
+class TokenSlice:
+    """What a loss may read about N tokens."""
+
+    logprobs_NV: Tensor
+    """Log-softmax of the student, with gradient."""
+    token_ids_N: Tensor
+    """The tokens of the rollout."""
+    advantages_N: Tensor | None = None
+    reference_logprobs_NV: Tensor | None = None
+    """Log-softmax of the frozen initial student or of an open-weight teacher; no gradient."""
+    target_ids_NK: Tensor | None = None
+    target_probs_NK: Tensor | None = None
+    """Sparse soft targets; absent places hold probability 0."""
+    self_weights_N: Tensor | None = None
+    """The share of the student's own distribution in the soft target."""
+
+    @property
+    def token_logprobs_N(self) -> Tensor:
+        """The student's logprob of each token of the rollout."""
+        return self.logprobs_NV.gather(-1, self.token_ids_N[:, None]).squeeze(-1)
+
+
+class TokenLoss(Protocol):
+    """One value a token, lower is better."""
+
+    stream: ClassVar[str]
+    """The stream of the token signal that weights it."""
+    needs: ClassVar[str | None]
+    """`reference`: the frozen initial student; `teacher`: an open-weight teacher; None: the student alone."""
+
+    def __call__(self, tokens: TokenSlice) -> Tensor:
+        """Return [N]."""
+        ...
+
+
+@dataclass(frozen=True)
+class PolicyGradient:
+    """-advantage * log P(y): reinforce what was sampled. Fresh samples, so no ratio.
+
+    Source: arXiv 2606.01476, section 3 (there the advantage is the chunk's target w).
+    """
+
+    stream: ClassVar[str] = "pg"
+    needs: ClassVar[str | None] = None
+
+    def __call__(self, tokens: TokenSlice) -> Tensor:
+        assert tokens.advantages_N is not None
+        return -tokens.advantages_N * tokens.token_logprobs_N
+
+
+@dataclass(frozen=True)
+class TokenCrossEntropy:
+    """-log P(y) of text that somebody else wrote."""
+
+    stream: ClassVar[str] = "ce"
+    needs: ClassVar[str | None] = None
+
+    def __call__(self, tokens: TokenSlice) -> Tensor:
+        return -tokens.token_logprobs_N
+
+
+@dataclass(frozen=True)
+class SoftCrossEntropy:
+    """-sum_v target(v) log P(v) with a sparse target plus a detached share of the student itself."""
+
+    stream: ClassVar[str] = "soft"
+    needs: ClassVar[str | None] = None
+
+    def __call__(self, tokens: TokenSlice) -> Tensor:
+        assert tokens.target_ids_NK is not None and tokens.target_probs_NK is not None
+        named = (tokens.target_probs_NK * tokens.logprobs_NV.gather(-1, tokens.target_ids_NK)).sum(-1)
+        loss = -named
+        if tokens.self_weights_N is not None:
+            own = (tokens.logprobs_NV.detach().exp() * tokens.logprobs_NV).sum(-1)
+            loss = loss - tokens.self_weights_N * own
+        return loss
+
+
+@dataclass(frozen=True)
+class ForwardKL:
+    """KL(R || P), exact over the vocabulary; R is the reference of the stream.
+
+    As the anchor, R is the frozen initial student (arXiv 2606.01476, section 3); as supervision, an open-weight
+    teacher. Covers what R does.
+    """
+
+    stream: ClassVar[str] = "anchor"
+    needs: ClassVar[str | None] = "reference"
+
+    def __call__(self, tokens: TokenSlice) -> Tensor:
+        assert tokens.reference_logprobs_NV is not None
+        reference = tokens.reference_logprobs_NV
+        return (reference.exp() * (reference - tokens.logprobs_NV)).sum(-1)
+
+
+@dataclass(frozen=True)
+class TeacherForwardKL(ForwardKL):
+    """KL(Q || P) to an open-weight teacher Q. Source: arXiv 2306.13649."""
+
+    stream: ClassVar[str] = "kl"
+    needs: ClassVar[str | None] = "teacher"
+
+
+@dataclass(frozen=True)
+class TeacherReverseKL:
+    """KL(P || Q), exact over the vocabulary: the usual on-policy distillation loss. Settles on what Q likes.
+
+    Source: arXiv 2306.13649.
+    """
+
+    stream: ClassVar[str] = "kl"
+    needs: ClassVar[str | None] = "teacher"
+
+    def __call__(self, tokens: TokenSlice) -> Tensor:
+        assert tokens.reference_logprobs_NV is not None
+        return (tokens.logprobs_NV.exp() * (tokens.logprobs_NV - tokens.reference_logprobs_NV)).sum(-1)
+
+
+STREAMS = ("pg", "anchor", "kl", "ce", "soft")
+LOSSES: Mapping[str, Mapping[str, type[Any]]] = {
+    "pg": {"policy_gradient": PolicyGradient},
+    "anchor": {"forward_kl": ForwardKL},
+    "kl": {"reverse_kl": TeacherReverseKL, "forward_kl": TeacherForwardKL},
+    "ce": {"cross_entropy": TokenCrossEntropy},
+    "soft": {"cross_entropy": SoftCrossEntropy},
+}
+"""Stream -> name -> loss; the first of each stream is its default."""
+
+
+def build_losses(overrides: Mapping[str, Mapping[str, Any]]) -> dict[str, TokenLoss]:
+    """Return the loss of every stream. Raises ConfigError for an unknown stream, type or key."""
+    losses: dict[str, TokenLoss] = {stream: next(iter(table.values()))() for stream, table in LOSSES.items()}
+    for stream, settings in overrides.items():
+        if stream not in LOSSES:
+            raise ConfigError(f"learner.losses has no stream {stream!r}; there are {', '.join(LOSSES)}")
+        keys = dict(settings)
+        name = keys.pop("type", None)
+        if name not in LOSSES[stream]:
+            raise ConfigError(f"learner.losses.{stream}.type is {name!r}; it can be {', '.join(LOSSES[stream])}")
+        if keys:
+            raise ConfigError(f"learner.losses.{stream} ({name}) has no setting {', '.join(sorted(keys))}")
+        losses[stream] = LOSSES[stream][name]()
+    return losses

@@ -1,0 +1,190 @@
+"""The student as the learner sees it: trunk, head, frozen reference. Logits exist a slice at a time only."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from omniopd.errors import ConfigError, LearnerError, MissingExtraError
+from omniopd.models import load_model, load_tokenizer, pick_device, pick_dtype, resolve_model
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+    from omniopd.config import LoraConfig, StudentConfig
+
+
+class LanguageModel:
+    """A causal language model split into trunk (tokens to hidden states) and head (hidden states to logits).
+
+    Raises LearnerError when the two together do not give the model's own logits.
+    """
+
+    def __init__(self, model: PreTrainedModel, *, compute_dtype: torch.dtype) -> None:
+        self.model = model
+        self.compute_dtype = compute_dtype
+        self.head: nn.Module = model.get_output_embeddings()
+        config = model.config.get_text_config()
+        self._softcap: float | None = getattr(config, "final_logit_softcapping", None)
+        self._check_split()
+
+    @property
+    def device(self) -> torch.device:
+        return self.model.device
+
+    def autocast(self) -> contextlib.AbstractContextManager[Any]:
+        """Compute in `compute_dtype`; the weights may be kept in a wider one."""
+        reduced = self.compute_dtype in (torch.bfloat16, torch.float16)
+        return torch.autocast(self.device.type, dtype=self.compute_dtype, enabled=reduced)
+
+    def hidden(self, input_ids_BL: Tensor, attention_mask_BL: Tensor) -> Tensor:
+        """Return the last hidden states [B, L, H]."""
+        trunk = self.model.base_model
+        states = trunk(input_ids=input_ids_BL, attention_mask=attention_mask_BL, use_cache=False).last_hidden_state
+        return states  # type: ignore[no-any-return]
+
+    def logprobs(self, hidden_NH: Tensor) -> Tensor:
+        """Return log-softmax [N, V], at least float32."""
+        logits = self.head(hidden_NH)
+        logits = logits if logits.dtype == torch.float64 else logits.float()
+        if self._softcap is not None:
+            logits = self._softcap * torch.tanh(logits / self._softcap)
+        return torch.log_softmax(logits, dim=-1)
+
+    def _check_split(self) -> None:
+        # Some architectures scale or cap logits in ways that a plain head does not know; finding out here costs one
+        # tiny forward pass, finding out later costs a run.
+        ids = torch.arange(1, 5, device=self.device)[None, :]
+        with torch.no_grad(), self.autocast():
+            own = torch.log_softmax(self.model(input_ids=ids).logits.float(), dim=-1)
+            ours = self.logprobs(self.hidden(ids, torch.ones_like(ids))[0]).float()
+        gap = (own[0] - ours).abs().max().item()
+        if not gap < 1e-2:
+            raise LearnerError(
+                f"{type(self.model).__name__} does not compute its logits from the last hidden state alone: the head "
+                "gives "
+                f"logprobs that differ by {gap:.3g}; this architecture is not supported yet"
+            )
+
+
+class Policy(LanguageModel):
+    """The student in training, with its frozen initial self as the reference."""
+
+    def __init__(
+        self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, *, compute_dtype: torch.dtype, lora: bool
+    ) -> None:
+        self._peft: Any = model if lora else None
+        super().__init__(model.get_base_model() if lora else model, compute_dtype=compute_dtype)
+        self.tokenizer = tokenizer
+        self._reference: LanguageModel | None = None
+
+    @classmethod
+    def load(cls, config: StudentConfig) -> Policy:
+        """Load the student. Full training keeps float32 weights and computes in `dtype`; LoRA stores the base in it.
+
+        A bfloat16 weight cannot take an update of 1e-6 of its size, hence the float32 copy.
+        """
+        device = pick_device(config.device)
+        dtype = pick_dtype(config.dtype, device)
+        stored = dtype if config.lora is not None or dtype == torch.float64 else torch.float32
+        tokenizer = load_tokenizer(config.model)
+        if config.chat_template is not None:
+            tokenizer.chat_template = _read_template(config.chat_template)
+        model = load_model(config.model, device=config.device, dtype=str(stored).removeprefix("torch."))
+        if config.gradient_checkpointing:
+            model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        if config.lora is not None:
+            model = _with_adapters(model, config.lora, gradient_checkpointing=config.gradient_checkpointing)
+        policy = cls(model, tokenizer, compute_dtype=dtype, lora=config.lora is not None)
+        if not policy.trainable:
+            raise LearnerError(f"no weight of {config.model!r} is trainable; check student.lora.target_modules")
+        return policy
+
+    @property
+    def trainable(self) -> list[nn.Parameter]:
+        return [p for p in self.model.parameters() if p.requires_grad]
+
+    def freeze_reference(self) -> None:
+        """Keep a frozen copy of the weights as they are now. With LoRA the base model is the copy."""
+        if self._peft is None and self._reference is None:
+            frozen = copy.deepcopy(self.model).requires_grad_(False).eval()
+            frozen.gradient_checkpointing_disable()
+            if self.compute_dtype == torch.bfloat16:
+                frozen = frozen.to(torch.bfloat16)
+            self._reference = LanguageModel(frozen, compute_dtype=self.compute_dtype)
+
+    @contextlib.contextmanager
+    def reference(self) -> Iterator[LanguageModel]:
+        """Give the frozen initial student for the length of the block."""
+        if self._peft is not None:
+            with self._peft.disable_adapter():
+                yield self
+        else:
+            self.freeze_reference()
+            assert self._reference is not None
+            yield self._reference
+
+    def save(self, folder: Path) -> None:
+        """Write weights and tokenizer that plain `from_pretrained` loads; adapters are merged in."""
+        model = self.model
+        if self._peft is not None:
+            model = copy.deepcopy(self._peft).merge_and_unload()
+        model.save_pretrained(folder)
+        self.tokenizer.save_pretrained(folder)
+
+    def trainable_state(self) -> dict[str, Tensor]:
+        """Return the trainable tensors by name: all that a checkpoint needs beside the base model."""
+        return {name: p.detach() for name, p in self.model.named_parameters() if p.requires_grad}
+
+    def load_trainable_state(self, state: dict[str, Tensor]) -> None:
+        """Put a checkpoint's tensors back. Raises LearnerError when the names do not match."""
+        own = {name: p for name, p in self.model.named_parameters() if p.requires_grad}
+        if set(own) != set(state):
+            odd = sorted(set(own) ^ set(state))
+            raise LearnerError(
+                f"the checkpoint holds other weights than this student, e.g. {odd[0]!r}; use its own config"
+            )
+        with torch.no_grad():
+            for name, parameter in own.items():
+                parameter.copy_(state[name])
+
+
+def _with_adapters(model: PreTrainedModel, lora: LoraConfig, *, gradient_checkpointing: bool) -> Any:
+    try:
+        from peft import LoraConfig as PeftLoraConfig
+        from peft import get_peft_model
+    except ImportError as error:
+        raise MissingExtraError("student.lora needs peft: pip install 'omniopd[train]'") from error
+    if gradient_checkpointing:
+        model.enable_input_require_grads()
+    settings = PeftLoraConfig(
+        r=lora.rank,
+        lora_alpha=lora.alpha,
+        lora_dropout=lora.dropout,
+        target_modules=lora.target_modules,
+        task_type="CAUSAL_LM",
+    )
+    try:
+        return get_peft_model(model, settings, autocast_adapter_dtype=True)
+    except ValueError as error:
+        raise ConfigError(f"student.lora cannot be applied (target_modules {lora.target_modules!r}): {error}") from error
+
+
+def _read_template(path: str) -> str:
+    try:
+        return Path(path).read_text()
+    except OSError as error:
+        raise ConfigError(f"cannot read student.chat_template {path!r}: {error.strerror}") from error
+
+
+def load_frozen(name: str, *, device: str, dtype: str) -> LanguageModel:
+    """Load an open-weight teacher for the logit path."""
+    picked = pick_device(device)
+    model = load_model(resolve_model(name), device=device, dtype=dtype).requires_grad_(False)
+    return LanguageModel(model, compute_dtype=pick_dtype(dtype, picked))

@@ -1,0 +1,87 @@
+"""What looks at finished steps: records, the display, evaluation, checkpoints."""
+
+from __future__ import annotations
+
+import resource
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from omniopd.progress import RunProgress
+from omniopd.prompts import LearnsFromRollouts, PromptSource
+from omniopd.records import Records
+from omniopd.teachers.metered import MeteredTeacher
+from omniopd.timing import StepTimer
+from omniopd.types import StepContext, TokenSignal, Update, Usage
+
+if TYPE_CHECKING:
+    from omniopd.checkpoint import Checkpoints
+    from omniopd.evaluation import EvalResult
+
+
+@dataclass(frozen=True, kw_only=True)
+class PromptFeedback:
+    """Tells a prompt source that learns how its prompts went."""
+
+    prompts: PromptSource
+
+    def after_step(self, update: Update, signals: Sequence[TokenSignal], ctx: StepContext) -> None:
+        if isinstance(self.prompts, LearnsFromRollouts):
+            self.prompts.observe([signal.rollout for signal in signals])
+
+
+@dataclass(frozen=True, kw_only=True)
+class StepRecorder:
+    """Writes each step down and shows it."""
+
+    records: Records
+    progress: RunProgress
+    timer: StepTimer
+    teacher: MeteredTeacher | None
+
+    def after_step(self, update: Update, signals: Sequence[TokenSignal], ctx: StepContext) -> None:
+        usage = self.teacher.take() if self.teacher is not None else Usage()
+        extra = {"memory/peak_rss_mb": peak_rss_mb()}
+        self.progress.step(self.records.step(update, signals, self.timer.take(), usage, extra))
+
+
+@dataclass(frozen=True, kw_only=True)
+class PeriodicEvaluation:
+    """Evaluates every `every` steps; the last step is left to the evaluation after the run."""
+
+    every: int
+    evaluate: Callable[[int, str], EvalResult]
+    timer: StepTimer
+
+    def after_step(self, update: Update, signals: Sequence[TokenSignal], ctx: StepContext) -> None:
+        done = ctx.step + 1
+        if self.every and done % self.every == 0 and done < ctx.num_steps:
+            self.evaluate(done, "during")
+            self.timer.restart()
+
+
+@dataclass(kw_only=True)
+class PeriodicCheckpoint:
+    """Saves every `every` steps and after the last one; also on request, when a run stops early."""
+
+    every: int
+    checkpoints: Checkpoints
+    state: Callable[[], dict[str, Any]]
+    completed: int = 0
+    """Steps that are done and recorded."""
+
+    def after_step(self, update: Update, signals: Sequence[TokenSignal], ctx: StepContext) -> None:
+        self.completed = ctx.step + 1
+        if self.completed % self.every == 0 or self.completed == ctx.num_steps:
+            self.save()
+
+    def save(self) -> None:
+        """Save the state after the completed steps."""
+        self.checkpoints.save(self.completed, self.state())
+
+
+def peak_rss_mb() -> float:
+    """Return the largest resident memory of this process so far, in MiB."""
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak / 2**20 if sys.platform == "darwin" else peak / 2**10

@@ -1,0 +1,461 @@
+"""The composition root: a validated `RunConfig` becomes live objects, and a run from its first to its last line."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import time
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from omniopd.config import RunConfig
+from omniopd.errors import ConfigError, TeacherError
+from omniopd.loop import Observer, Run, train
+from omniopd.method import ChunkedSettings, LogprobSettings, Method, VerifierSettings, build_method
+from omniopd.models import resolve_model
+from omniopd.observers import PeriodicCheckpoint, PeriodicEvaluation, PromptFeedback, StepRecorder
+from omniopd.progress import RunProgress
+from omniopd.prompts import LearnsFromRollouts, build_sampler
+from omniopd.records import Records
+from omniopd.run_folder import RunFolder, write_json_atomic
+from omniopd.teachers.metered import MeteredTeacher
+from omniopd.timing import StepTimer
+from omniopd.types import Prompt, Rollout, TokenSignal, Usage
+
+if TYPE_CHECKING:
+    from omniopd.behavior.base import Behavior, Verifier
+    from omniopd.evaluation import EvalResult
+    from omniopd.learner.policy import LanguageModel, Policy
+    from omniopd.rollout.detokenize import Detokenizer
+    from omniopd.supervision.base import StudentMeasure, Supervision
+
+EVAL_SEED_OFFSET = 1_000_003
+"""Evaluation draws from streams of its own, the same before and after training."""
+
+
+def run_training(
+    config: RunConfig, *, resume: bool = False, overwrite: bool = False, argv: Sequence[str] | None = None
+) -> Path:
+    """Run `config` from start to end, or on from its newest checkpoint, and return the run folder.
+
+    Spends money when the teacher does. Ctrl-C and a teacher that stops answering leave a checkpoint behind.
+
+    Raises:
+        ConfigError, DataError: what the run file asks for cannot be done; nothing was spent.
+        RunError: the run folder cannot be used.
+        TeacherError, LearnerError: the run stopped; `resume` goes on.
+    """
+    method = build_method(config.method)
+    check_teacher(config, method)
+    folder = RunFolder.create(Path(config.output) / config.name, resume=resume, overwrite=overwrite)
+    plain = config.model_dump(mode="json")
+    if resume:
+        folder.check_resumable(plain)
+    folder.write_resolved(plain)
+    folder.write_environment(list(argv or ["omniopd.run_training"]))
+    with ExitStack() as stack:
+        session = _Session(config, method, folder, stack)
+        try:
+            session.run(resume=resume)
+        except (TeacherError, KeyboardInterrupt):
+            session.stop_early()
+            raise
+    return folder.path
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Student:
+    """What the rest of the run may know of the student's tokenizer."""
+
+    policy: Policy
+    detokenize: Detokenizer
+
+    @property
+    def end_id(self) -> int | None:
+        return self.policy.tokenizer.eos_token_id
+
+    def encode(self, text: str) -> list[int]:
+        ids: list[int] = self.policy.tokenizer.encode(text, add_special_tokens=False)
+        return ids
+
+
+class _Session:
+    """The live objects of one run. Everything that must be closed is on the exit stack."""
+
+    def __init__(self, config: RunConfig, method: Method, folder: RunFolder, stack: ExitStack) -> None:
+        import torch
+
+        from omniopd.checkpoint import Checkpoints
+        from omniopd.learner.learner import Learner
+        from omniopd.learner.policy import Policy
+        from omniopd.rollout.detokenize import Detokenizer
+        from omniopd.rollout.embedded import EmbeddedEngine
+
+        if config.threads is not None:
+            torch.set_num_threads(config.threads)
+        torch.manual_seed(config.seed)
+        self.config, self.method, self.folder = config, method, folder
+        self.progress = stack.enter_context(RunProgress())
+        self.timer = StepTimer(on_phase=self.progress.phase)
+        self.policy = Policy.load(config.student)
+        self.student = _Student(policy=self.policy, detokenize=Detokenizer(self.policy.tokenizer))
+        self.verifier, prompts, self.eval_prompts = _load_data(config, self.policy, self.progress.message)
+        self.prompts = build_sampler(config.data.sampler, prompts, config.seed)
+        self.teacher = _open_teacher(config, method, folder, stack)
+        self.learner = Learner(
+            self.policy,
+            config.learner,
+            num_steps=config.steps,
+            teacher=_teacher_weights(config, method),
+            save_offenders=self._save_offenders,
+        )
+        self.engine = EmbeddedEngine(self.policy, config.rollout)
+        self.checkpoints = Checkpoints(folder, keep=config.keep_checkpoints)
+        self.saver = PeriodicCheckpoint(every=config.save_every, checkpoints=self.checkpoints, state=self._state)
+        self.started = time.perf_counter()
+        self.earlier_seconds = 0.0
+        self._preview(prompts[0])
+
+    def run(self, *, resume: bool) -> None:
+        """Measure, train, measure again, and write the results."""
+        start_step = self._resume() if resume else 0
+        self.saver.completed = start_step
+        records = self._open_records(start_step)
+        try:
+            before = self._evaluate_once(records, 0, "before") if start_step == 0 else self._read_evaluation("before")
+            self.started = time.perf_counter()
+            asyncio.run(self._train(records, start_step))
+            train_seconds = self.earlier_seconds + time.perf_counter() - self.started
+            self.policy.save(self.folder.final)
+            after = self._evaluate_once(records, self.config.steps, "after")
+        finally:
+            records.close()
+        write_json_atomic(self.folder.summary, self._summary(before, after, train_seconds))
+
+    def stop_early(self) -> None:
+        """Save what is done, so that a stopped run loses no finished step."""
+        if self.saver.completed > 0:
+            self.saver.save()
+            self.progress.message(
+                f"stopped after step {self.saver.completed}, which is saved; go on with --resume ({self.folder.path})"
+            )
+
+    async def _train(self, records: Records, start_step: int) -> None:
+        config = self.config
+        await self.engine.push_weights(self.learner.policy_version)
+        self.progress.start(config.steps, start_step, spent=self._spent())
+        observers: list[Observer] = [
+            PromptFeedback(prompts=self.prompts),
+            StepRecorder(records=records, progress=self.progress, timer=self.timer, teacher=self.teacher),
+        ]
+        if self.eval_prompts and config.eval.every:
+
+            def evaluate(step: int, when: str) -> EvalResult:
+                return self._evaluate(records, step, when, k=config.eval.k_during)
+
+            observers.append(PeriodicEvaluation(every=config.eval.every, evaluate=evaluate, timer=self.timer))
+        # Last, so that a checkpoint stands for a step that is completely on record.
+        observers.append(self.saver)
+        run = Run(
+            num_steps=config.steps,
+            prompts_per_step=config.rollout.prompts_per_step,
+            group_size=config.rollout.group_size,
+            seed=config.seed,
+            prompts=self.prompts,
+            behavior=self._behavior(),
+            supervision=self._supervision(),
+            transforms=self.method.transforms,
+            learner=self.learner,
+            engine=self.engine,
+            observers=observers,
+            timer=self.timer,
+        )
+        self.timer.restart()
+        try:
+            await train(run, start_step=start_step)
+        finally:
+            await self.engine.aclose()
+            if self.teacher is not None:
+                await self.teacher.aclose()
+
+    def _behavior(self) -> Behavior:
+        from omniopd.behavior.student import StudentBehavior
+        from omniopd.behavior.teacher import TeacherBehavior
+
+        if not self.method.teacher_writes:
+            return StudentBehavior(self.engine, self.timer, self.verifier)
+        assert self.teacher is not None
+        return TeacherBehavior(
+            teacher=self.teacher,
+            encode=self.student.encode,
+            end_id=self.student.end_id,
+            detokenize=self.student.detokenize,
+            max_tokens=self.config.rollout.max_tokens,
+            timer=self.timer,
+            verifier=self.verifier,
+        )
+
+    def _supervision(self) -> Supervision:
+        from omniopd.scoring.chunk_score import ChunkScorer
+        from omniopd.supervision.chunked import ChunkedSupervision
+        from omniopd.supervision.imitation import ImitationSupervision
+        from omniopd.supervision.logprob import LogprobSupervision
+        from omniopd.supervision.verified import VerifiedSupervision
+
+        settings = self.method.supervision
+        if isinstance(settings, LogprobSettings):
+            return LogprobSupervision(weight=settings.weight)
+        if isinstance(settings, VerifierSettings):
+            return VerifiedSupervision(normalize_std=settings.normalize_std)
+        if not isinstance(settings, ChunkedSettings):
+            return ImitationSupervision()
+        assert self.teacher is not None and self.method.chunker is not None and self.method.credit is not None
+        return ChunkedSupervision(
+            teacher=self.teacher,
+            chunker=self.method.chunker,
+            scorer=ChunkScorer(
+                similarity=settings.similarity, min_continuations=settings.min_continuations, align=settings.align
+            ),
+            credit=self.method.credit,
+            vocabulary=self.student,
+            measure=self._measure(settings.entropy),
+            timer=self.timer,
+            num_continuations=settings.num_continuations,
+            continuation_tokens=settings.continuation_tokens,
+            anchor_beta=settings.anchor_beta,
+            max_missing_fraction=self.config.teacher.max_missing_fraction,
+            seed=self.config.seed,
+        )
+
+    def _measure(self, source: str) -> StudentMeasure:
+        """Take the engine's own figures where they are exact, else a forward pass of the learner."""
+        exact = self.config.rollout.temperature == 1.0 and self.config.rollout.top_p == 1.0
+        if source == "learner" or not exact:
+            return self.learner.score
+
+        def from_engine(rollouts: Sequence[Rollout]) -> list[tuple[tuple[float, ...], tuple[float, ...]]]:
+            if any(r.sampler_logprobs is None or r.entropies is None for r in rollouts):
+                return self.learner.score(rollouts)
+            return [(r.sampler_logprobs or (), r.entropies or ()) for r in rollouts]
+
+        return from_engine
+
+    def _evaluate_once(self, records: Records, step: int, when: str) -> EvalResult | None:
+        if not self.eval_prompts:
+            return None
+        result = self._evaluate(records, step, when, k=self.config.eval.k)
+        write_json_atomic(self._evaluation_file(when), result.to_json())
+        return result
+
+    def _evaluate(self, records: Records, step: int, when: str, *, k: int) -> EvalResult:
+        from omniopd.evaluation import evaluate
+        from omniopd.generation import Sampler
+
+        settings = self.config.eval
+        assert self.verifier is not None
+        with self.policy.autocast():
+            result = evaluate(
+                self.eval_prompts,
+                Sampler(self.policy.model, self.policy.tokenizer),
+                self.verifier,
+                k=k,
+                temperature=settings.temperature,
+                max_tokens=settings.max_tokens or self.config.rollout.max_tokens,
+                seed=self.config.seed + EVAL_SEED_OFFSET,
+                batch_size=self.config.rollout.batch_size,
+                progress=lambda done, total: self.progress.phase(f"evaluate {when}", done, total),
+            )
+        row = {"step": step, "when": when, **result.summary()}
+        records.evaluation(row)
+        self.progress.evaluation(row)
+        return result
+
+    def _evaluation_file(self, when: str) -> Path:
+        return self.folder.path / f"eval_{when}.json"
+
+    def _read_evaluation(self, when: str) -> EvalResult | None:
+        from omniopd.evaluation import EvalResult
+
+        path = self._evaluation_file(when)
+        return EvalResult.from_json(json.loads(path.read_text())) if path.is_file() else None
+
+    def _open_records(self, start_step: int) -> Records:
+        from omniopd.trackers import open_trackers
+
+        config = self.config
+        trackers = open_trackers(
+            config.trackers,
+            self.folder,
+            run_name=config.name,
+            config=config.model_dump(mode="json"),
+            start_step=start_step,
+        )
+        return Records(self.folder, trackers, record_every=config.record_every)
+
+    def _state(self) -> dict[str, Any]:
+        state: dict[str, Any] = {
+            "learner": self.learner.state_dict(),
+            "seconds": self.earlier_seconds + time.perf_counter() - self.started,
+        }
+        if isinstance(self.prompts, LearnsFromRollouts):
+            state["prompts"] = self.prompts.state_dict()
+        return state
+
+    def _resume(self) -> int:
+        step = self.checkpoints.latest()
+        Records(self.folder).truncate_after(step or 0)
+        if step is None:
+            self.progress.message("no checkpoint yet: starting from step 0")
+            return 0
+        state = self.checkpoints.load(step)
+        self.learner.load_state_dict(state["learner"])
+        if isinstance(self.prompts, LearnsFromRollouts):
+            self.prompts.load_state_dict(state["prompts"])
+        self.earlier_seconds = state["seconds"]
+        self.progress.message(f"resuming after step {step}")
+        return step
+
+    def _spent(self) -> Usage:
+        """Return all that the run was billed, also for steps that a crash made it repeat."""
+        from omniopd.teachers.ledger import Ledger
+
+        return Ledger(self.folder.ledger).spent() if self.folder.ledger.is_file() else Usage()
+
+    def _save_offenders(self, signals: Sequence[TokenSignal]) -> Path:
+        path = self.folder.path / "offending_rollouts.jsonl"
+        path.write_text("".join(json.dumps(signal.to_json()) + "\n" for signal in signals))
+        return path
+
+    def _preview(self, prompt: Prompt) -> None:
+        from omniopd.templates import preview
+
+        self.progress.message(f"objective: {self.method.in_words()}")
+        self.progress.message(f"aggregation: {self.config.learner.aggregation}")
+        self.progress.message(preview(prompt))
+
+    def _summary(self, before: EvalResult | None, after: EvalResult | None, train_seconds: float) -> dict[str, Any]:
+        from omniopd.evaluation import compare
+
+        spent = self._spent()
+        summary: dict[str, Any] = {
+            "name": self.config.name,
+            "seed": self.config.seed,
+            "steps": self.config.steps,
+            "method": self.method.in_words(),
+            "teacher": None if self.teacher is None else self.teacher.id,
+            "teacher_tokens": spent.output_tokens,
+            "teacher_input_tokens": spent.input_tokens,
+            "teacher_requests": spent.requests,
+            "cost_usd": spent.cost_usd if spent.requests else 0.0,
+            "train_seconds": round(train_seconds, 2),
+        }
+        if before is not None and after is not None:
+            summary |= compare(before, after).summary()
+        return summary
+
+
+def check_teacher(config: RunConfig, method: Method) -> None:
+    """Refuse teachers that cannot serve the method, before anything is loaded."""
+    is_weights = config.teacher.spec.startswith("hf:")
+    if method.needs_teacher_weights and not is_weights:
+        raise ConfigError(
+            f"method.supervision.type logprob needs the teacher's weights, and {config.teacher.spec!r} only gives "
+            "text; use "
+            "teacher.spec=hf:MODEL, or method.supervision.type=chunked"
+        )
+    if method.needs_text_teacher and config.teacher.serve is not None:
+        served = f"local:{Path(resolve_model(config.teacher.serve)).name}"
+        if config.teacher.spec != served:
+            raise ConfigError(
+                f"teacher.serve starts a server for {config.teacher.serve!r}, which answers to teacher.spec "
+                f"{served!r}, but "
+                f"teacher.spec is {config.teacher.spec!r}; use {served} or leave teacher.serve out"
+            )
+    if method.needs_text_teacher and is_weights:
+        model = config.teacher.spec.removeprefix("hf:")
+        raise ConfigError(
+            f"teacher.spec {config.teacher.spec!r} loads weights, and this method asks for text; use "
+            f"teacher.serve={model} "
+            f"with teacher.spec=local:{Path(model).name}, or method.supervision.type=logprob"
+        )
+
+
+def _load_data(
+    config: RunConfig, policy: Policy, say: Callable[[str], None]
+) -> tuple[Verifier | None, tuple[Prompt, ...], tuple[Prompt, ...]]:
+    """Return the verifier, the training prompts and the held-out prompts (none when evaluation is off)."""
+    from omniopd.data import load_rows
+    from omniopd.templates import build_prompts
+    from omniopd.verify import get_verifier
+
+    data = config.data
+
+    def prompts_of(source: str, split: str, limit: int | None) -> tuple[tuple[Prompt, ...], bool]:
+        rows = load_rows(source, split=split, max_prompts=limit, on_bad_row=data.on_bad_row)
+        for place, reason in rows.skipped[:3]:
+            say(f"skipped {place}: {reason}")
+        built = build_prompts(
+            rows,
+            policy.tokenizer,
+            prompt_template=data.prompt_template,
+            system_prompt=data.system_prompt,
+            max_prompt_tokens=data.max_prompt_tokens,
+        )
+        left_out = f", {len(rows.skipped)} malformed rows skipped" if rows.skipped else ""
+        left_out += f", {built.too_long} too long" if built.too_long else ""
+        say(f"{source}: {len(built.prompts)} prompts{left_out}")
+        return built.prompts, rows.has_answers
+
+    training, has_answers = prompts_of(data.train, data.split, data.max_prompts)
+    if data.eval is None:
+        return get_verifier(data.verifier, source=data.train, has_answers=has_answers), training, ()
+    held_out, can_verify = prompts_of(data.eval, data.eval_split, config.eval.num_problems)
+    if not can_verify:
+        raise ConfigError(f"data.eval {data.eval!r} has no answers, so nothing can be measured; set data.eval to null")
+    return get_verifier(data.verifier, source=data.eval, has_answers=True), training, held_out
+
+
+def _open_teacher(config: RunConfig, method: Method, folder: RunFolder, stack: ExitStack) -> MeteredTeacher | None:
+    """Open the text teacher, starting its server first where the config asks for one."""
+    if not method.needs_text_teacher:
+        return None
+    from omniopd.teachers.resolve import open_teacher
+
+    settings = config.teacher
+    spec = settings.spec
+    tokenizer_path: Path | None = None
+    if settings.serve is not None:
+        from omniopd.teachers.local_server import LocalTeacherServer
+
+        model = resolve_model(settings.serve)
+        server = stack.enter_context(LocalTeacherServer(Path(model), log=folder.teacher_server_log, threads=config.threads))
+        spec = f"{spec}@{server.base_url}"
+        tokenizer_path = Path(model)
+    teacher = open_teacher(
+        spec,
+        temperature=settings.temperature,
+        top_p=settings.top_p,
+        continuation=settings.continuation,
+        max_concurrency=settings.max_concurrency,
+        timeout_s=settings.timeout_s,
+        max_attempts=settings.max_attempts,
+        budget_usd=settings.budget_usd,
+        ledger=folder.ledger,
+        extra_body=settings.extra_body,
+        tokenizer_path=tokenizer_path,
+    )
+    return MeteredTeacher(teacher)
+
+
+def _teacher_weights(config: RunConfig, method: Method) -> LanguageModel | None:
+    """Load the open-weight teacher of the logit path."""
+    if not method.needs_teacher_weights:
+        return None
+    from omniopd.learner.policy import load_frozen
+
+    return load_frozen(
+        config.teacher.spec.removeprefix("hf:"), device=config.student.device, dtype=config.student.dtype
+    )

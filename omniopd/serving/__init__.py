@@ -1,0 +1,1 @@
+"""`omniopd serve`: a model folder behind an OpenAI-compatible API."""

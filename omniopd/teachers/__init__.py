@@ -1,0 +1,1 @@
+"""Teachers: models that can only be prompted."""

@@ -1,0 +1,181 @@
+"""Every run file that comes with omniopd is valid, explained, and passes a dry run without a network."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from omniopd.config import RunConfig
+from omniopd.dry_run import dry_run, estimate_calls
+from omniopd.errors import ConfigError, DataError
+from omniopd.method import build_method
+from omniopd.overrides import list_configs, load_config
+
+CONFIGS = list_configs()
+
+
+SMALL = (
+    "rollout={prompts_per_step: 2, group_size: 3, max_tokens: 40}",
+    "method.supervision.num_continuations=5",
+    "method.supervision.chunker={type: entropy, chunk_tokens: 8, max_chunks: 3}",
+)
+"""Numbers to reckon with, whatever the quickstart's own are."""
+
+
+def quickstart(*words: str) -> RunConfig:
+    return load_config(["quickstart"], words)
+
+
+@pytest.mark.parametrize("name", sorted(CONFIGS))
+def test_file_is_valid_and_says_for_whom(name: str) -> None:
+    config = load_config([name])
+    assert config.name == name
+    first = CONFIGS[name].read_text().partition("\n")[0]
+    assert first.startswith("# For ")
+    assert f"omniopd train {name}" in CONFIGS[name].read_text()
+
+
+@pytest.mark.parametrize("name", sorted(CONFIGS))
+def test_dry_run_needs_no_network(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HF_HOME", str(tmp_path))
+    text = dry_run(load_config([name]))
+    for part in (
+        "== Settings ==",
+        "== Objective ==",
+        "== Prompts ==",
+        "== Teacher calls, at most ==",
+        "The teacher reads",
+    ):
+        assert part in text
+
+
+def test_the_expected_files_are_there() -> None:
+    assert set(CONFIGS) >= {"quickstart", "openai-gpt-4o", "paper-qwen3-4b", "local-open-weight-teacher"}
+
+
+def test_paper_file_keeps_the_published_settings() -> None:
+    config = load_config(["paper-qwen3-4b"])
+    method = build_method(config.method)
+    assert config.preset == "paper"
+    assert (config.steps, config.learner.learning_rate) == (50, 1e-6)
+    assert "SmoothedTarget(alpha=1.0)" in dry_run(config)
+    # M 10 chunks of C 50 tokens, N 10: per rollout 10 requests, 100 continuations, 5,000 teacher tokens.
+    calls = estimate_calls(config, method, prompt_tokens=200, paid_per_sample=False)
+    rollouts = config.rollout.prompts_per_step * config.rollout.group_size
+    assert calls is not None
+    assert (calls.requests, calls.continuations, calls.output_tokens) == (
+        rollouts * 10,
+        rollouts * 100,
+        rollouts * 5_000,
+    )
+
+
+def test_estimate_by_hand() -> None:
+    config = quickstart(*SMALL)
+    method = build_method(config.method)
+    calls = estimate_calls(config, method, prompt_tokens=10, paid_per_sample=False)
+    assert calls is not None
+    # 2 x 3 rollouts x 3 chunks = 18 requests, x 5 = 90 continuations, x 8 tokens = 720.
+    assert (calls.requests, calls.continuations, calls.output_tokens) == (18, 90, 720)
+    # Earliest starts 0, 8, 16: mean 8, so 18 x (10 + 8). Latest starts 16, 24, 32: mean 24, so 18 x (10 + 24).
+    assert calls.input_tokens == (324, 612)
+    # Without `n` every sample is a request that pays for its prompt.
+    single = estimate_calls(config, method, prompt_tokens=10, paid_per_sample=True)
+    assert single is not None
+    assert (single.requests, single.input_tokens) == (90, (1_620, 3_060))
+    assert calls.times(4).input_tokens == (1_296, 2_448)
+
+
+def test_no_more_chunks_than_fit() -> None:
+    config = quickstart(*SMALL, "rollout.max_tokens=20")
+    calls = estimate_calls(config, build_method(config.method), prompt_tokens=10, paid_per_sample=False)
+    assert calls is not None
+    # 20 tokens hold two chunks of 8: starts 0, 8 at the earliest (mean 4), 4, 12 at the latest (mean 8).
+    assert calls.requests == 2 * 3 * 2
+    assert calls.input_tokens == (12 * 14, 12 * 18)
+
+
+def test_a_chunk_longer_than_a_rollout_is_refused() -> None:
+    with pytest.raises(ConfigError, match=r"nothing could be audited.*chunk_tokens is 8, but rollout\.max_tokens is 7"):
+        dry_run(quickstart(*SMALL, "rollout.max_tokens=7"))
+
+
+def test_prompts_are_shown_as_both_models_read_them(student_folder: Path) -> None:
+    text = dry_run(quickstart())
+    assert "The student reads (10 tokens):\n  | Q:" in text
+    assert "The teacher reads (one text):\n  | Q:" in text
+    assert "?[what the student wrote before the chunk]" in text
+    chat = dry_run(quickstart("teacher.continuation=chat", "data.prompt_template='Think. {prompt}'"))
+    assert "| Q:Think." in chat
+    assert "<partial>[what the student wrote before the chunk]</partial>" in chat
+    prefill = dry_run(quickstart("teacher.continuation=prefill"))
+    assert "[assistant] [what the student wrote before the chunk]" in prefill
+    echo = dry_run(quickstart("teacher={spec: 'echo:demo', serve: null}"))
+    assert "[assistant] [what the student wrote before the chunk]" in echo
+
+
+def test_cost_is_shown_when_the_card_has_a_price(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "teachers").mkdir()
+    card = "id: dear\ndialect: openai-chat\nbase_url: https://dear.test/v1\napi_key_env: DEAR_API_KEY\n"
+    card += "can: {continuations: [chat, prefill], n: true}\nprice:\n  as_of: 2026-11-22\n"
+    card += "  models: {big: {input_usd_per_mtok: 10.0, output_usd_per_mtok: 20.0}}\n"
+    (tmp_path / "teachers" / "dear.yaml").write_text(card)
+    monkeypatch.chdir(tmp_path)
+    words = ["teacher={spec: 'dear:big', serve: null, continuation: prefill}", "steps=10", *SMALL]
+    text = dry_run(quickstart(*words))
+    # As in the estimate by hand, ten steps: 7,200 tokens out at $20 and 3,240 to 6,120 in at $10 the million:
+    # 0.144 + 0.0324 = 0.1764 and 0.144 + 0.0612 = 0.2052.
+    assert "$0.1764 to $0.2052" in text
+    assert "may stop the run" not in text
+    assert "may stop the run before its last step" in dry_run(quickstart(*words, "teacher.budget_usd=0.2"))
+    # A proxy at another address has other prices.
+    with pytest.raises(ConfigError, match=r"budget_usd is 1\.0, but the price of"):
+        dry_run(quickstart(*words, "teacher.spec='dear:big@https://proxy.test/v1'", "teacher.budget_usd=1.0"))
+
+
+def test_methods_without_a_text_teacher_ask_for_nothing() -> None:
+    text = dry_run(quickstart("method={supervision: {type: verifier}, transforms: []}", "teacher.serve=null"))
+    assert "none: this method asks for no text" in text
+    assert "The teacher reads" not in text
+    with pytest.raises(ConfigError, match="needs the teacher's weights"):
+        dry_run(quickstart("method={supervision: {type: logprob}, transforms: []}"))
+
+
+def test_whole_answers_of_the_teacher_are_counted() -> None:
+    config = quickstart(SMALL[0], "method={supervision: {type: imitation}, transforms: []}")
+    calls = estimate_calls(config, build_method(config.method), prompt_tokens=10, paid_per_sample=False)
+    assert calls is not None
+    # 2 prompts of 10 tokens, 3 answers each, 40 tokens at most.
+    assert (calls.requests, calls.continuations, calls.output_tokens, calls.input_tokens) == (2, 6, 240, (20, 20))
+    assert "The teacher reads (messages)" in dry_run(config)
+
+
+def test_own_data_is_read_and_checked(tmp_path: Path) -> None:
+    file = tmp_path / "prompts.jsonl"
+    file.write_text("".join(json.dumps({"prompt": f"1+{i}"}) + "\n" for i in range(3)))
+    text = dry_run(quickstart(f"data.train={file}", "data.eval=null"))
+    assert f"{file}: 3 prompts without answers" in text
+    assert "off: data.eval is not set" in text
+    with pytest.raises(ConfigError, match="has no answers"):
+        dry_run(quickstart(f"data.train={file}", f"data.eval={file}"))
+    file.write_text('{"promt": "1+1"}\n')
+    with pytest.raises(DataError, match="did you mean 'prompt'"):
+        dry_run(quickstart(f"data.train={file}"))
+    with pytest.raises(ConfigError, match="floor"):
+        dry_run(quickstart("data.sampler={type: frontier, floor: 2}"))
+
+
+def test_a_folder_that_exists_is_mentioned(tmp_path: Path) -> None:
+    words = [f"output={tmp_path}", "name=old"]
+    assert "--resume" not in dry_run(quickstart(*words))
+    (tmp_path / "old").mkdir()
+    (tmp_path / "old" / "resolved.yaml").write_text("name: old\n")
+    assert "needs --resume, --overwrite or another --run-name" in dry_run(quickstart(*words))
+
+
+def test_nothing_is_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    dry_run(quickstart())
+    assert list(tmp_path.iterdir()) == []
