@@ -26,7 +26,7 @@ $(STAMP): pyproject.toml constraints.txt
 	  then python=$$name; break; fi; \
 	done; \
 	if [ -z "$$python" ]; then \
-	  echo "omniopd needs Python 3.11 or newer; found $$(python3 --version 2>&1 || echo none)." >&2; \
+	  echo "omniopd needs Python 3.11 or newer; $(or $(PYTHON),python3) is $$($(or $(PYTHON),python3) --version 2>&1 || echo missing)." >&2; \
 	  echo "Install one, or name it: make setup PYTHON=/path/to/python3.11" >&2; exit 1; \
 	fi; \
 	if [ ! -x $(BIN)/python ]; then "$$python" -m venv $(VENV); fi

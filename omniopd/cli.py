@@ -170,7 +170,9 @@ def _add_serve(subparsers: Subparsers) -> None:
     serve.add_argument("model", metavar="MODEL_DIR", help="a model folder, or mini-math:teacher")
     serve.add_argument("--host", default="127.0.0.1", help="default: %(default)s")
     serve.add_argument("--port", type=int, default=8000, help="0 picks a free one (default: %(default)s)")
-    serve.add_argument("--model-name", metavar="NAME", help="what requests have to ask for (default: the folder's name)")
+    serve.add_argument(
+        "--model-name", metavar="NAME", help="what requests have to ask for (default: the folder's name)"
+    )
     serve.add_argument("--device", default="auto", help="auto, cpu, cuda (default: %(default)s)")
     serve.add_argument("--threads", type=int, help="CPU threads (default: torch's own)")
     serve.add_argument("--announce", type=Path, metavar="FILE", help="write the base URL here once requests are taken")

@@ -51,6 +51,8 @@ class TeacherConfig(Section):
     """Start `omniopd serve` on this model folder for the length of the run and ask that."""
     continuation: Literal["auto", "completions", "prefill", "chat"] = "auto"
     """How the student's prefix is handed over; `auto` takes the card's word."""
+    tokenizer: str | None = None
+    """The teacher's tokenizer, a folder or a name: its chat template writes raw prompts (`continuation: completions`)."""
     temperature: float | None = Field(default=1.0, ge=0)
     """None leaves it to the server."""
     top_p: float | None = Field(default=None, gt=0, le=1)

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from omniopd.config import RunConfig
-from omniopd.errors import ConfigError, TeacherError
+from omniopd.errors import ConfigError, TeacherError, TeacherResponseError
 from omniopd.loop import Observer, Run, train
 from omniopd.method import ChunkedSettings, LogprobSettings, Method, VerifierSettings, build_method
 from omniopd.models import resolve_model
@@ -21,6 +21,7 @@ from omniopd.progress import RunProgress
 from omniopd.prompts import LearnsFromRollouts, build_sampler
 from omniopd.records import Records
 from omniopd.run_folder import RunFolder, write_json_atomic
+from omniopd.teachers.base import ContinuationRequest
 from omniopd.teachers.metered import MeteredTeacher
 from omniopd.timing import StepTimer
 from omniopd.types import Prompt, Rollout, TokenSignal, Usage
@@ -32,6 +33,8 @@ if TYPE_CHECKING:
     from omniopd.rollout.detokenize import Detokenizer
     from omniopd.supervision.base import StudentMeasure, Supervision
 
+TRIAL_TOKENS = 16
+"""Length of the first answer that shows whether the teacher can serve at all."""
 EVAL_SEED_OFFSET = 1_000_003
 """Evaluation draws from streams of its own, the same before and after training."""
 
@@ -100,11 +103,12 @@ class _Session:
         self.config, self.method, self.folder = config, method, folder
         self.progress = stack.enter_context(RunProgress())
         self.timer = StepTimer(on_phase=self.progress.phase)
+        # First, because a missing key or a wrong address should not wait for a large model to load.
+        self.teacher = _open_teacher(config, method, folder, stack)
         self.policy = Policy.load(config.student)
         self.student = _Student(policy=self.policy, detokenize=Detokenizer(self.policy.tokenizer))
         self.verifier, prompts, self.eval_prompts = _load_data(config, self.policy, self.progress.message)
         self.prompts = build_sampler(config.data.sampler, prompts, config.seed)
-        self.teacher = _open_teacher(config, method, folder, stack)
         self.learner = Learner(
             self.policy,
             config.learner,
@@ -118,6 +122,8 @@ class _Session:
         self.started = time.perf_counter()
         self.earlier_seconds = 0.0
         self._preview(prompts[0])
+        if self.teacher is not None:
+            asyncio.run(self._try_teacher(self.teacher, prompts[0]))
 
     def run(self, *, resume: bool) -> None:
         """Measure, train, measure again, and write the results."""
@@ -180,6 +186,22 @@ class _Session:
             await self.engine.aclose()
             if self.teacher is not None:
                 await self.teacher.aclose()
+
+    async def _try_teacher(self, teacher: MeteredTeacher, prompt: Prompt) -> None:
+        """Ask for one short answer before anything long begins. Raises TeacherError when the teacher cannot serve."""
+        request = ContinuationRequest(messages=prompt.messages, prefix="", n=1, max_tokens=TRIAL_TOKENS, seed=0)
+        try:
+            (answer,) = await teacher.continuations([request])
+        finally:
+            await teacher.aclose()
+        (continuation,) = answer.continuations
+        if continuation.text is None:
+            raise TeacherResponseError(
+                f"the teacher {teacher.id} gave no usable answer to a first short question ({continuation.missing}: "
+                f"{continuation.detail or 'no detail'}); look at it with `omniopd teachers check {teacher.id}`"
+            )
+        teacher.take()
+        self.progress.message(f"teacher {teacher.id} answers: {continuation.text!r} ({answer.seconds:.1f} s)")
 
     def _behavior(self) -> Behavior:
         from omniopd.behavior.student import StudentBehavior
@@ -426,14 +448,15 @@ def _open_teacher(config: RunConfig, method: Method, folder: RunFolder, stack: E
 
     settings = config.teacher
     spec = settings.spec
-    tokenizer_path: Path | None = None
+    tokenizer_path = Path(resolve_model(settings.tokenizer)) if settings.tokenizer is not None else None
     if settings.serve is not None:
         from omniopd.teachers.local_server import LocalTeacherServer
 
         model = resolve_model(settings.serve)
-        server = stack.enter_context(LocalTeacherServer(Path(model), log=folder.teacher_server_log, threads=config.threads))
+        server = LocalTeacherServer(Path(model), log=folder.teacher_server_log, threads=config.threads)
+        stack.enter_context(server)
         spec = f"{spec}@{server.base_url}"
-        tokenizer_path = Path(model)
+        tokenizer_path = tokenizer_path or Path(model)
     teacher = open_teacher(
         spec,
         temperature=settings.temperature,

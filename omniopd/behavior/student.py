@@ -22,6 +22,6 @@ class StudentBehavior:
     async def rollouts(self, prompts: Sequence[Prompt], ctx: StepContext, *, group_size: int) -> list[Rollout]:
         seeds = group_seeds(ctx, prompts)
         with self.timer("generate"):
-            drawn = await self.engine.generate(prompts, group_size=group_size, seeds=seeds, tag=f"{ctx.step:06d}")
+            drawn = await self.engine.generate(prompts, group_size=group_size, seeds=seeds, tag=f"{ctx.step + 1:06d}")
         with self.timer("verify"):
             return judge(drawn, self.verifier)

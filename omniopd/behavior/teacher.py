@@ -40,7 +40,7 @@ class TeacherBehavior:
         with self.timer("teacher"):
             answers = await self.teacher.continuations(requests)
         written = [
-            self._rollout(f"{ctx.step:06d}/{place}", prompt, index, continuation)
+            self._rollout(f"{ctx.step + 1:06d}/{place}", prompt, index, continuation)
             for place, (prompt, answer) in enumerate(zip(prompts, answers, strict=True))
             for index, continuation in enumerate(answer.continuations)
             if continuation.text

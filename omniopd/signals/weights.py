@@ -77,5 +77,5 @@ def _weighted_target(target: SoftTarget, factor: float) -> SoftTarget:
     return dataclasses.replace(
         target,
         probs=tuple(p * factor for p in target.probs),
-        self_weight=1.0 - factor * (1.0 - target.self_weight),
+        self_weight=target.self_weight + (1.0 - factor) * (1.0 - target.self_weight),
     )

@@ -171,5 +171,3 @@ def is_card_host(spec: TeacherSpec, card: Card) -> bool:
         return is_loopback(card.base_url)
     return urlsplit(spec.base_url).hostname == urlsplit(card.base_url).hostname
 
-
-_is_card_host = is_card_host
