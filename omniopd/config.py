@@ -52,7 +52,7 @@ class TeacherConfig(Section):
     continuation: Literal["auto", "completions", "prefill", "chat"] = "auto"
     """How the student's prefix is handed over; `auto` takes the card's word."""
     tokenizer: str | None = None
-    """The teacher's tokenizer, a folder or a name: its chat template writes raw prompts (`continuation: completions`)."""
+    """The teacher's tokenizer (a folder or a name): its chat template writes raw prompts for `completions`."""
     temperature: float | None = Field(default=1.0, ge=0)
     """None leaves it to the server."""
     top_p: float | None = Field(default=None, gt=0, le=1)
@@ -164,7 +164,7 @@ class RunConfig(Section):
     """Steps between full rollout records."""
     threads: int | None = Field(default=None, ge=1)
     """CPU threads of the learner; None leaves it to torch."""
-    trackers: list[Literal["tensorboard", "wandb", "trackio"]] = Field(default_factory=lambda: ["tensorboard"])
+    trackers: list[Literal["tensorboard", "wandb", "trackio"]] = ["tensorboard"]
     student: StudentConfig
     teacher: TeacherConfig = TeacherConfig()
     data: DataConfig

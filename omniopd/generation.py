@@ -172,7 +172,7 @@ class Sampler:
         self, token_ids: torch.Tensor, mask: torch.Tensor, positions: torch.Tensor, cache: DynamicCache
     ) -> torch.Tensor:
         """Return the logits [B, V] after the last token; the cache grows by the tokens given."""
-        return self.model(
+        logits: torch.Tensor = self.model(
             input_ids=token_ids,
             attention_mask=mask,
             position_ids=positions,
@@ -180,6 +180,7 @@ class Sampler:
             use_cache=True,
             logits_to_keep=1,
         ).logits[:, -1]
+        return logits
 
     def _append(
         self,

@@ -218,8 +218,13 @@ def _objective(method: Method) -> str:
 
 
 def _keys_of(kind: str) -> list[str]:
-    models = {"chunked": ChunkedSettings, "logprob": LogprobSettings, "verifier": VerifierSettings}
-    return list(models.get(kind, ImitationSettings).model_fields)
+    models: dict[str, type[Section]] = {
+        "chunked": ChunkedSettings,
+        "logprob": LogprobSettings,
+        "verifier": VerifierSettings,
+        "imitation": ImitationSettings,
+    }
+    return list(models[kind].model_fields)
 
 
 def _unknown(path: str, value: Any, allowed: Any, *, what: str = "value") -> str:

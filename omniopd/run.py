@@ -78,7 +78,8 @@ class _Student:
 
     @property
     def end_id(self) -> int | None:
-        return self.policy.tokenizer.eos_token_id
+        end_id: int | None = self.policy.tokenizer.eos_token_id
+        return end_id
 
     def encode(self, text: str) -> list[int]:
         ids: list[int] = self.policy.tokenizer.encode(text, add_special_tokens=False)

@@ -10,8 +10,8 @@ import sys
 from pathlib import Path
 
 import pytest
-from loopback import Loopback, Scripted, completion
 
+from loopback import Loopback, Scripted, completion
 from omniopd.cli import main
 from omniopd.worlds.mini_math import model_path
 
@@ -92,9 +92,7 @@ def test_student_folder_without_tokenizer_says_so(tmp_path: Path, capsys: pytest
     assert "has no tokenizer" in message(capsys)
 
 
-def test_chunk_longer_than_every_rollout_names_both_lengths(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_chunk_longer_than_every_rollout_names_both_lengths(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     with scripted_teacher("48+37=85") as server:
         code = train(
             tmp_path,

@@ -148,7 +148,9 @@ def test_too_many_missing_continuations_stop_the_run_with_the_reasons() -> None:
 
 
 def test_the_first_step_without_a_chunk_names_both_lengths() -> None:
-    with pytest.raises(ConfigError, match=r"chunk_tokens is 50, but the longest of the 1 rollouts has 9 tokens; set it to 3"):
+    with pytest.raises(
+        ConfigError, match=r"chunk_tokens is 50, but the longest of the 1 rollouts has 9 tokens; set it to 3"
+    ):
         supervise(agree, chunker=EntropyChunker(chunk_tokens=50))
 
 

@@ -165,7 +165,7 @@ def test_a_single_audited_rollout_has_no_baseline() -> None:
 def expected_gradient(credit: SmoothedTarget | CenteredTarget, num_chunks: int) -> tuple[list[float], float]:
     """Enumerate a bandit: four rollouts of `num_chunks` one-token chunks, two actions, P = (.7, .3) everywhere.
 
-    The second chunk is agreed with only after the first action, so what a rollout did earlier changes its later weights.
+    The second chunk is agreed with only after the first action: what a rollout did early changes its later weights.
     Returns the mean gradient on the first action's logit of chunk 0, chunk 1..., and the variance of chunk 0's.
     """
     probs = (0.7, 0.3)
@@ -303,9 +303,7 @@ def worded(*ids: int) -> Rollout:
 def votes(rollout: Rollout, *texts: Continuation, start: int = 0) -> list[dict[str, float]]:
     chunk = audit(rollout, start, rollout.num_tokens, (0.5,), texts)
     [[credit]] = TeacherText(prior=0.0).assign([audited(chunk, rollout=rollout)], Words())
-    return [
-        {Words.pieces[i]: p for i, p in zip(t.token_ids, t.probs, strict=True)} for t in credit.soft_targets
-    ]
+    return [{Words.pieces[i]: p for i, p in zip(t.token_ids, t.probs, strict=True)} for t in credit.soft_targets]
 
 
 def test_tokens_of_several_characters() -> None:
@@ -382,7 +380,7 @@ def test_a_token_without_text_before_the_chunk_is_no_part_of_its_first_character
 def test_many_continuations_give_the_teachers_distribution() -> None:
     """Enumerate the teacher: the expected gradient P - target becomes P - Q at both tokens of the chunk.
 
-    Q(first) = (.5, .3, .2) over "1", "2", "3"; Q(second | first) = (.6, .4) over "4", "5" after "1". All texts are given
+    Q(first) = (.5, .3, .2) over "1", "2", "3"; Q(second | first) = (.6, .4) over "4", "5" after "1". All texts come
     in exactly these shares, which is what N -> infinity is.
     """
     first, second = {"1": 5, "2": 3, "3": 2}, {"4": 6, "5": 4}

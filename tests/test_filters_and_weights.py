@@ -125,7 +125,9 @@ def test_weight_by_position_halves() -> None:
 
 
 @pytest.mark.parametrize(
-    ("weighting", "factor"), [(WeightByEntropy(), 1.5), (WeightByPosition(half_life=1.0), 0.5)], ids=["entropy", "position"]
+    ("weighting", "factor"),
+    [(WeightByEntropy(), 1.5), (WeightByPosition(half_life=1.0), 0.5)],
+    ids=["entropy", "position"],
 )
 def test_soft_targets_are_weighted_through_the_students_own_share(weighting: Any, factor: float) -> None:
     [found] = weighting([signal()], CTX)
@@ -148,7 +150,9 @@ def test_weighted_soft_targets_scale_the_gradient_exactly() -> None:
     assert tiny.largest_gap(after, {name: 1.5 * gradient for name, gradient in before.items()}) < 1e-12
 
 
-@pytest.mark.parametrize("transform", [DropTruncated(), DropUnaudited(), WeightByEntropy(), WeightByPosition(half_life=2)])
+@pytest.mark.parametrize(
+    "transform", [DropTruncated(), DropUnaudited(), WeightByEntropy(), WeightByPosition(half_life=2)]
+)
 def test_transforms_keep_number_and_order_and_signs(transform: Any) -> None:
     signals = [
         dataclasses.replace(signal(ended=bool(i % 2)), notes=(str(i),), audits=(audit(0.5 if i % 3 else None),))

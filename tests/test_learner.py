@@ -252,9 +252,7 @@ def test_soft_target_stream_with_ragged_targets_and_an_anchor(micro_batch_size: 
         dataclasses.replace(
             s,
             soft_targets=of,
-            anchor_weights=tuple(
-                0.0 if t in {x.position for x in of} else BETA for t in range(s.rollout.num_tokens)
-            ),
+            anchor_weights=tuple(0.0 if t in {x.position for x in of} else BETA for t in range(s.rollout.num_tokens)),
         )
         for s, of in zip(other_signals(), targets, strict=True)
     ]
@@ -369,9 +367,7 @@ class WidestLogits(TorchDispatchMode):
 
 
 def widest_logits(length: int, *, slice_tokens: int) -> WidestLogits:
-    made = tiny.learner(
-        student=tiny.policy(vocabulary=2000, dtype=torch.float32), logits_slice_tokens=slice_tokens
-    )
+    made = tiny.learner(student=tiny.policy(vocabulary=2000, dtype=torch.float32), logits_slice_tokens=slice_tokens)
     rollout = tiny.rollout_of([3 + t % 19 for t in range(length)])
     audited = [t % 8 < 4 for t in range(length)]
     signal = TokenSignal(

@@ -42,7 +42,7 @@ def test_devices() -> None:
 
 def test_cuda_is_refused_where_there_is_none(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    with pytest.raises(ConfigError, match="'cuda:1' but torch .* sees no CUDA"):
+    with pytest.raises(ConfigError, match=r"'cuda:1' but torch .* sees no CUDA"):
         pick_device("cuda:1")
 
 
@@ -64,7 +64,7 @@ def test_a_model_folder_loads_ready_to_read(tmp_path: Path) -> None:
 
 
 def test_a_folder_without_a_model_says_so(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match="cannot load the model .*; give a folder with config.json"):
+    with pytest.raises(ConfigError, match=r"cannot load the model .*; give a folder with config\.json"):
         load_model(str(tmp_path), device="cpu")
 
 

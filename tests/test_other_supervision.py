@@ -64,7 +64,7 @@ def test_groups_are_told_apart_by_prompt_even_when_mixed() -> None:
 
 
 def test_a_rollout_without_a_verdict_is_refused() -> None:
-    with pytest.raises(ConfigError, match="prompt a has none or data.verifier is none"):
+    with pytest.raises(ConfigError, match=r"prompt a has none or data\.verifier is none"):
         verified(group("a", True, None))
 
 

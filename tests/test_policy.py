@@ -153,7 +153,9 @@ def test_adapter_state_goes_on_bit_for_bit(folder: Path) -> None:
 
 def test_state_of_another_student_is_refused(folder: Path) -> None:
     full, adapters = load(folder), lora(folder)
-    with pytest.raises(LearnerError, match=r"the checkpoint holds other weights than this student, e\.g\. 'lm_head|'model"):
+    with pytest.raises(
+        LearnerError, match=r"the checkpoint holds other weights than this student, e\.g\. 'lm_head|'model"
+    ):
         adapters.load_trainable_state(full.trainable_state())
 
 
@@ -211,7 +213,7 @@ def test_chat_template_of_the_user_replaces_the_tokenizers_own(folder: Path, tmp
 
 
 def test_adapters_need_something_to_adapt(folder: Path) -> None:
-    with pytest.raises((LearnerError, ConfigError), match="target_modules|target modules"):
+    with pytest.raises(ConfigError, match=r"student\.lora cannot be applied .*no_such_layer"):
         load(folder, lora=LoraConfig(target_modules=["no_such_layer"]))
 
 

@@ -85,7 +85,10 @@ def test_killed_and_resumed_run_equals_the_undisturbed_one_bit_for_bit(tmp_path:
     assert all(torch.equal(ours[name], theirs[name]) for name in ours)
 
     kept = [
-        [{name: value for name, value in row.items() if is_reproducible(name)} for row in read_metrics(f / "metrics.jsonl")]
+        [
+            {name: value for name, value in row.items() if is_reproducible(name)}
+            for row in read_metrics(f / "metrics.jsonl")
+        ]
         for f in (straight, disturbed)
     ]
     for rows in kept:
@@ -95,7 +98,10 @@ def test_killed_and_resumed_run_equals_the_undisturbed_one_bit_for_bit(tmp_path:
     assert kept[0] == kept[1]
     for step in range(1, STEPS + 1):
         rollouts = [
-            [without_costs(json.loads(line)) for line in (f / "rollouts" / f"step-{step:06d}.jsonl").open()]
+            [
+                without_costs(json.loads(line))
+                for line in (f / "rollouts" / f"step-{step:06d}.jsonl").read_text().splitlines()
+            ]
             for f in (straight, disturbed)
         ]
         assert rollouts[0] == rollouts[1]

@@ -112,9 +112,7 @@ def learner(
 ) -> Learner:
     """Make a learner; `settings` are those of `LearnerConfig`."""
     config = LearnerConfig(**{"learning_rate": 1e-3, "max_grad_norm": 1e9, **settings})
-    return Learner(
-        student or policy(), config, num_steps=num_steps, teacher=teacher, save_offenders=save_offenders
-    )
+    return Learner(student or policy(), config, num_steps=num_steps, teacher=teacher, save_offenders=save_offenders)
 
 
 def save(folder: Path, **settings: Any) -> Path:

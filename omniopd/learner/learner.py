@@ -83,7 +83,7 @@ class Learner:
         grad_norm = float(torch.nn.utils.clip_grad_norm_(self.policy.trainable, self._config.max_grad_norm))
         if not math.isfinite(grad_norm):
             self._fail(step, used, f"the gradient norm is {grad_norm}")
-        rate = self.scheduler.get_last_lr()[0]
+        rate = float(self.scheduler.get_last_lr()[0])
         self.optimizer.step()
         self.scheduler.step()
         self.policy_version += 1

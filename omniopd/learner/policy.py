@@ -36,7 +36,8 @@ class LanguageModel:
 
     @property
     def device(self) -> torch.device:
-        return self.model.device
+        device: torch.device = self.model.device
+        return device
 
     def autocast(self) -> contextlib.AbstractContextManager[Any]:
         """Compute in `compute_dtype`; the weights may be kept in a wider one."""
@@ -173,7 +174,9 @@ def _with_adapters(model: PreTrainedModel, lora: LoraConfig, *, gradient_checkpo
     try:
         return get_peft_model(model, settings, autocast_adapter_dtype=True)
     except ValueError as error:
-        raise ConfigError(f"student.lora cannot be applied (target_modules {lora.target_modules!r}): {error}") from error
+        raise ConfigError(
+            f"student.lora cannot be applied (target_modules {lora.target_modules!r}): {error}"
+        ) from error
 
 
 def _read_template(path: str) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from omniopd.types import FinishReason, StepContext, TokenSignal
 
@@ -13,7 +14,7 @@ def silence(signal: TokenSignal, reason: str) -> TokenSignal:
     """Return the signal with every weight at zero and the reason among its notes; the rollout stays on record."""
     zeros = (0.0,) * signal.rollout.num_tokens
     streams = ("pg_weights", "anchor_weights", "kl_weights", "ce_weights")
-    changes = {name: zeros for name in streams if getattr(signal, name) is not None}
+    changes: dict[str, Any] = {name: zeros for name in streams if getattr(signal, name) is not None}
     return dataclasses.replace(
         signal,
         **changes,

@@ -170,4 +170,3 @@ def is_card_host(spec: TeacherSpec, card: Card) -> bool:
     if is_loopback(spec.base_url):
         return is_loopback(card.base_url)
     return urlsplit(spec.base_url).hostname == urlsplit(card.base_url).hostname
-

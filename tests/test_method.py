@@ -1,0 +1,206 @@
+"""The method section of a run file: names become parts, mistakes become messages."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import pytest
+
+from omniopd.chunking import EntropyChunker, UniformChunker
+from omniopd.config import MethodConfig
+from omniopd.errors import ConfigError
+from omniopd.method import (
+    CHUNKERS,
+    CREDITS,
+    TRANSFORMS,
+    ChunkedSettings,
+    ImitationSettings,
+    LogprobSettings,
+    Method,
+    VerifierSettings,
+    build_method,
+    build_part,
+    describe_part,
+)
+from omniopd.signals.credit import CenteredTarget, RawAgreement, SmoothedTarget, TeacherText
+from omniopd.signals.filters import DropTruncated, DropUnaudited
+from omniopd.signals.weights import WeightByEntropy, WeightByPosition
+
+
+def build(*transforms: dict[str, Any], **supervision: Any) -> Method:
+    return build_method(MethodConfig(supervision=supervision, transforms=list(transforms)))
+
+
+def test_the_default_method() -> None:
+    method = build_method(MethodConfig())
+    assert method.supervision == ChunkedSettings()
+    assert (method.chunker, method.credit, method.transforms) == (EntropyChunker(), TeacherText(), ())
+    assert (method.needs_text_teacher, method.needs_teacher_weights, method.teacher_writes) == (True, False, False)
+    assert build() == method
+
+
+@pytest.mark.parametrize(
+    ("spec", "part"),
+    [
+        ({"type": "entropy", "chunk_tokens": 8, "max_chunks": 3}, EntropyChunker(chunk_tokens=8, max_chunks=3)),
+        ({"type": "uniform", "chunk_tokens": 8, "seed": 2}, UniformChunker(chunk_tokens=8, seed=2)),
+    ],
+)
+def test_every_chunker(spec: dict[str, Any], part: object) -> None:
+    assert build(chunker=spec).chunker == part
+
+
+@pytest.mark.parametrize(
+    ("spec", "part"),
+    [
+        ({"type": "teacher_text", "prior": 0.5}, TeacherText(prior=0.5)),
+        ({"type": "smoothed", "alpha": 2}, SmoothedTarget(alpha=2.0)),
+        ({"type": "centered", "alpha": 0.1}, CenteredTarget(alpha=0.1)),
+        ({"type": "raw"}, RawAgreement()),
+    ],
+)
+def test_every_credit(spec: dict[str, Any], part: object) -> None:
+    assert build(credit=spec).credit == part
+
+
+def test_transforms_keep_their_order() -> None:
+    method = build(
+        {"type": "weight_by_position", "half_life": 50},
+        {"type": "drop_truncated"},
+        {"type": "drop_unaudited"},
+        {"type": "weight_by_entropy", "power": 0.5},
+    )
+    assert method.transforms == (
+        WeightByPosition(half_life=50.0),
+        DropTruncated(),
+        DropUnaudited(),
+        WeightByEntropy(power=0.5),
+    )
+
+
+def test_no_part_is_left_out_of_these_tests() -> None:
+    assert set(CHUNKERS) == {"entropy", "uniform"}
+    assert set(CREDITS) == {"teacher_text", "smoothed", "centered", "raw"}
+    assert set(TRANSFORMS) == {"drop_truncated", "drop_unaudited", "weight_by_entropy", "weight_by_position"}
+
+
+def test_other_supervisions() -> None:
+    logprob = build(type="logprob", weight=0.5)
+    assert logprob.supervision == LogprobSettings(type="logprob", weight=0.5)
+    assert (logprob.needs_text_teacher, logprob.needs_teacher_weights, logprob.chunker) == (False, True, None)
+    verifier = build(type="verifier", normalize_std=False)
+    assert verifier.supervision == VerifierSettings(type="verifier", normalize_std=False)
+    assert (verifier.needs_text_teacher, verifier.needs_teacher_weights, verifier.credit) == (False, False, None)
+    imitation = build(type="imitation")
+    assert imitation.supervision == ImitationSettings(type="imitation")
+    assert (imitation.needs_text_teacher, imitation.teacher_writes) == (True, True)
+
+
+def test_chunked_settings_are_taken_over() -> None:
+    given = {
+        "num_continuations": 4,
+        "min_continuations": 2,
+        "continuation_tokens": 20,
+        "similarity": "rouge1",
+        "align": False,
+        "entropy": "learner",
+        "anchor_beta": 0.25,
+    }
+    settings = build(**given).supervision
+    assert {name: getattr(settings, name) for name in given} == given
+    assert all(getattr(ChunkedSettings(), name) != value for name, value in given.items())
+
+
+@pytest.mark.parametrize(
+    ("supervision", "told"),
+    [
+        (
+            {"type": "chunkd"},
+            r"method\.supervision\.type: there is no value 'chunkd'; did you mean 'chunked'\? Allowed: ",
+        ),
+        ({"type": "zzz"}, r"there is no value 'zzz'\. Allowed: chunked, logprob, verifier, imitation"),
+        ({"anchor_betta": 1}, r"method\.supervision\.anchor_betta: .*did you mean 'anchor_beta'\?"),
+        ({"anchor_beta": -1}, r"method\.supervision\.anchor_beta: .*greater than or equal to 0, got -1"),
+        ({"num_continuations": 0}, r"method\.supervision\.num_continuations: .*got 0"),
+        ({"num_continuations": 4, "min_continuations": 5}, "min_continuations is 5, but only num_continuations = 4"),
+        ({"similarity": "edti"}, "edit"),
+        ({"type": "logprob", "wieght": 1}, r"did you mean 'weight'\?"),
+        ({"type": "logprob", "weight": 0}, r"method\.supervision\.weight: .*greater than 0"),
+        ({"type": "verifier", "anchor_beta": 1}, r"method\.supervision\.anchor_beta: there is no setting"),
+        ({"type": "imitation", "weight": 1}, r"method\.supervision\.weight: there is no setting"),
+        ({"chunker": {"type": "entropic"}}, r"method\.supervision\.chunker\.type: .*did you mean 'entropy'\?"),
+        ({"chunker": {}}, r"chunker\.type: there is no value None"),
+        ({"chunker": {"type": "entropy", "chunk_token": 8}}, r"chunker\.chunk_token: .*did you mean 'chunk_tokens'\?"),
+        ({"chunker": {"type": "entropy", "chunk_tokens": 0}}, r"method\.supervision\.chunker.*chunk_tokens is 0"),
+        ({"chunker": {"type": "entropy", "chunk_tokens": "many"}}, r"chunker\.chunk_tokens: .*got 'many'"),
+        ({"credit": {"type": "smooth"}}, r"credit\.type: .*did you mean 'smoothed'\?"),
+        (
+            {"credit": {"type": "smoothed", "alhpa": 1}},
+            r"credit\.alhpa: there is no setting of smoothed 'alhpa'; did you",
+        ),
+        ({"credit": {"type": "smoothed", "alpha": -1}}, "alpha must be positive, got -1"),
+        ({"credit": {"type": "raw", "alpha": 1}}, r"credit\.alpha: there is no setting of raw 'alpha'\."),
+    ],
+)
+def test_mistakes_name_the_key_and_the_nearest_one(supervision: dict[str, Any], told: str) -> None:
+    with pytest.raises(ConfigError, match=told):
+        build(**supervision)
+
+
+@pytest.mark.parametrize(
+    ("transform", "told"),
+    [
+        ({"type": "drop_truncate"}, r"method\.transforms\[1\]\.type: .*did you mean 'drop_truncated'\?"),
+        ({"type": "weight_by_position"}, r"method\.transforms\[1\] \(weight_by_position\) needs half_life"),
+        ({"type": "weight_by_entropy", "pwer": 1}, r"method\.transforms\[1\]\.pwer: .*did you mean 'power'\?"),
+        ({"type": "weight_by_position", "half_life": 0}, "half_life must be positive, got 0"),
+    ],
+)
+def test_mistakes_in_transforms_name_their_place(transform: dict[str, Any], told: str) -> None:
+    with pytest.raises(ConfigError, match=told):
+        build({"type": "drop_unaudited"}, transform)
+
+
+@pytest.mark.parametrize("credit", ["smoothed", "raw"])
+def test_the_published_method_without_an_anchor_must_be_confirmed(credit: str) -> None:
+    with pytest.raises(ConfigError, match=r"anchor_beta is 0: .*8\.28 instead of 69\.08.*allow_zero_anchor=true"):
+        build(credit={"type": credit}, anchor_beta=0)
+    build(credit={"type": credit}, anchor_beta=0, allow_zero_anchor=True)
+    build(credit={"type": credit}, anchor_beta=1e-3)
+
+
+@pytest.mark.parametrize("credit", ["teacher_text", "centered"])
+def test_signed_signals_may_go_without_an_anchor(credit: str) -> None:
+    assert "with no anchor" in build(credit={"type": credit}, anchor_beta=0).in_words()
+
+
+def test_objectives_in_words() -> None:
+    assert build(anchor_beta=0.25).in_words() == (
+        "move the student towards what the teacher's continuations say next, token by token; hold all other tokens "
+        "with 0.25 x KL(initial student || student)."
+    )
+    said = build({"type": "weight_by_entropy"}, credit={"type": "smoothed"}, similarity="rouge1").in_words()
+    assert said.startswith("reinforce each audited chunk by its agreement (rouge1) with the teacher's text; hold")
+    assert said.endswith(", then WeightByEntropy(power=1.0).")
+    words = {
+        build(credit={"type": "centered"}).in_words(),
+        build(credit={"type": "raw"}).in_words(),
+        build(type="logprob").in_words(),
+        build(type="verifier").in_words(),
+        build(type="imitation").in_words(),
+    }
+    assert len(words) == 5 and all(w.endswith(".") for w in words)
+
+
+def test_parts_with_factories_need_nothing() -> None:
+    @dataclasses.dataclass(frozen=True)
+    class Part:
+        names: list[str] = dataclasses.field(default_factory=list)
+        hidden: int = dataclasses.field(default=3, init=False)
+
+    part = build_part("x", {"type": "part", "names": ["a"]}, {"part": Part})
+    assert part == Part(names=["a"])
+    assert describe_part(part) == "Part(names=['a'])"
+    with pytest.raises(ConfigError, match=r"x\.hidden: there is no setting of part 'hidden'"):
+        build_part("x", {"type": "part", "hidden": 4}, {"part": Part})
