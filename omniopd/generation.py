@@ -57,7 +57,7 @@ class Sample:
 
     token_ids: tuple[int, ...]
     logprobs: tuple[float, ...]
-    """[T] nats, of the distribution it was drawn from (temperature and top_p applied)."""
+    """[T] nats, of the distribution it was drawn from (temperature and top_p applied); greedy: at temperature 1."""
     entropies: tuple[float, ...]
     """[T] nats, full vocabulary, at temperature 1."""
     text: str
@@ -154,6 +154,10 @@ class Sampler:
             # float32 would round the largest to 1, past the last token that has any probability.
             draws = torch.tensor([rows[r].next_uniform() for r in active], dtype=torch.float64, device=device)
             tokens, logprobs, entropies = _draw(logits.float(), settings, draws)
+            if not bool(entropies.isfinite().all()):
+                raise RolloutError(
+                    "the model's logits hold NaN or infinity; its weights are broken, go back to a checkpoint"
+                )
             self._append(requests, [rows[r] for r in active], tokens, logprobs, entropies)
             keep = [k for k, r in enumerate(active) if rows[r].finish_reason is None]
             if not keep:

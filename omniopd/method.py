@@ -42,10 +42,10 @@ class ChunkedSettings(Section):
     """Black box: audit chunks with the teacher's text."""
 
     type: Literal["chunked"] = "chunked"
-    chunker: dict[str, Any] = Field(default_factory=lambda: {"type": "entropy"})
+    chunker: dict[str, Any] = Field(default_factory=lambda: {"type": "entropy", "chunk_tokens": 50, "max_chunks": 4})
     """`entropy` or `uniform`, with `chunk_tokens` (C) and `max_chunks` (M)."""
-    num_continuations: int = Field(default=10, ge=1)
-    """N, for each chunk."""
+    num_continuations: int = Field(default=4, ge=1)
+    """N, for each chunk. 4 chunks by 4 continuations cost a sixth of the published 10 by 10."""
     min_continuations: int = Field(default=1, ge=1)
     """With fewer usable ones a chunk is unaudited."""
     continuation_tokens: int | None = Field(default=None, ge=1)

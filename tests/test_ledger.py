@@ -10,8 +10,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import pytest
-from loopback import Loopback, Received, Scripted, chat, error
 
+from loopback import Loopback, Received, Scripted, chat, error
 from omniopd.errors import ConfigError, RunError, TeacherAuthError, TeacherBudgetError
 from omniopd.teachers import resolve
 from omniopd.teachers.base import ContinuationRequest, TeacherAnswer

@@ -27,6 +27,8 @@ from omniopd.signals.credit import CenteredTarget, RawAgreement, SmoothedTarget,
 from omniopd.signals.filters import DropTruncated, DropUnaudited
 from omniopd.signals.weights import WeightByEntropy, WeightByPosition
 
+DEFAULT_CHUNKER = EntropyChunker(chunk_tokens=50, max_chunks=4)
+
 
 def build(*transforms: dict[str, Any], **supervision: Any) -> Method:
     return build_method(MethodConfig(supervision=supervision, transforms=list(transforms)))
@@ -35,7 +37,7 @@ def build(*transforms: dict[str, Any], **supervision: Any) -> Method:
 def test_the_default_method() -> None:
     method = build_method(MethodConfig())
     assert method.supervision == ChunkedSettings()
-    assert (method.chunker, method.credit, method.transforms) == (EntropyChunker(), TeacherText(), ())
+    assert (method.chunker, method.credit, method.transforms) == (DEFAULT_CHUNKER, TeacherText(), ())
     assert (method.needs_text_teacher, method.needs_teacher_weights, method.teacher_writes) == (True, False, False)
     assert build() == method
 
@@ -99,7 +101,7 @@ def test_other_supervisions() -> None:
 
 def test_chunked_settings_are_taken_over() -> None:
     given = {
-        "num_continuations": 4,
+        "num_continuations": 7,
         "min_continuations": 2,
         "continuation_tokens": 20,
         "similarity": "rouge1",

@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from loopback import Loopback, Received, Scripted, chat, completion, error
 
+from loopback import Loopback, Received, Scripted, chat, completion, error
 from omniopd.errors import (
     TeacherAuthError,
     TeacherConnectionError,

@@ -9,8 +9,8 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-import run_fixture
 
+import run_fixture
 from omniopd.errors import ConfigError, DataError, MissingExtraError, RunError
 from omniopd.records import (
     Records,

@@ -12,8 +12,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import run_fixture
 
+import run_fixture
 from omniopd.errors import DataError, RunError
 from omniopd.records import rollout_files
 from omniopd.report import build_report, render_summary

@@ -47,7 +47,7 @@ class TeacherBehavior:
         ]
         if not written:
             raise TeacherResponseError(
-                f"step {ctx.step}: {self.teacher.id} gave no usable answer to {len(prompts)} prompts"
+                f"step {ctx.step + 1}: {self.teacher.id} gave no usable answer to {len(prompts)} prompts"
             )
         return judge(written, self.verifier)
 

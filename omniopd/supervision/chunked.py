@@ -158,7 +158,7 @@ class ChunkedSupervision:
         told = ", ".join(f"{count} {reason}" for reason, count in reasons.most_common())
         first = next((c.detail for c in missing if c.detail), "no detail")
         raise TeacherResponseError(
-            f"step {ctx.step}: {len(missing)} of {len(asked)} continuations of {self.teacher.id} are unusable "
+            f"step {ctx.step + 1}: {len(missing)} of {len(asked)} continuations of {self.teacher.id} are unusable "
             f"({told}), more "
             f"than teacher.max_missing_fraction {self.max_missing_fraction:g}; the first says: {first}. Try "
             f"`omniopd teachers check {self.teacher.id}` or another teacher.continuation."
