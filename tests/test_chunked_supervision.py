@@ -140,7 +140,7 @@ def test_too_many_missing_continuations_stop_the_run_with_the_reasons() -> None:
     with pytest.raises(TeacherResponseError) as caught:
         supervise(write, num_continuations=4)
     told = str(caught.value)
-    assert "step 4: 6 of 8 continuations of scripted:tiny are unusable (4 timeout, 2 refused)" in told
+    assert "step 5: 6 of 8 continuations of scripted:tiny are unusable (4 timeout, 2 refused)" in told
     assert "more than teacher.max_missing_fraction 0.5; the first says: no answer in 60 s" in told
     assert "omniopd teachers check scripted:tiny" in told
     # Exactly the allowed share is fine.

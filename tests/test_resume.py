@@ -44,9 +44,9 @@ def run_command(folder: Path, *extra: str) -> list[str]:
 
 
 def start(folder: Path, *extra: str) -> subprocess.Popen[bytes]:
-    log = (folder.parent / f"{folder.name}.log").open("ab")
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    return subprocess.Popen(run_command(folder, *extra), stdout=log, stderr=log, env=environment)
+    with (folder.parent / f"{folder.name}.log").open("ab") as log:
+        return subprocess.Popen(run_command(folder, *extra), stdout=log, stderr=log, env=environment)
 
 
 def finish(process: subprocess.Popen[bytes], folder: Path) -> None:
