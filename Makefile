@@ -36,11 +36,10 @@ $(STAMP): pyproject.toml constraints.txt
 
 quickstart: setup
 	@set -eu; run=quickstart-$$(date +%Y%m%d-%H%M%S); \
-	$(MALLOC) $(BIN)/omniopd train quickstart --run-name "$$run"; \
-	$(BIN)/omniopd report "runs/$$run"
+	$(MALLOC) $(BIN)/omniopd train quickstart --run-name "$$run"
 
 test: setup
-	$(ONE_THREAD) $(BIN)/python -m pytest -q
+	$(ONE_THREAD) $(BIN)/python -m pytest -q -n 2
 
 check: setup
 	$(BIN)/ruff format --check .
@@ -48,7 +47,7 @@ check: setup
 	$(BIN)/mypy
 
 coverage: setup
-	$(ONE_THREAD) $(BIN)/python -m pytest -q --cov --cov-report=term-missing
+	$(ONE_THREAD) $(BIN)/python -m pytest -q -n 2 --cov --cov-report=term-missing
 
 test-wheel: setup
 	$(ONE_THREAD) $(BIN)/python -m pytest -q -m packaging --timeout 1800 tests/test_packaging.py

@@ -55,8 +55,8 @@ def describe_result(folder: Path) -> str:
     from omniopd.run_folder import RunFolder, read_json
 
     run = RunFolder(folder)
-    lines = [render_summary(read_json(run.summary))] if run.summary.is_file() else []
-    lines += [f"model   {run.final}", f"report  omniopd report {folder}"]
+    lines = [f"model   {run.final}", f"report  {run.report}"]
+    lines += [render_summary(read_json(run.summary))] if run.summary.is_file() else []
     return "\n".join(lines)
 
 

@@ -103,6 +103,7 @@ class RolloutConfig(Section):
     batch_size: int = Field(default=64, ge=1)
     """Sequences decoded together."""
     max_steps_off_policy: int = Field(default=0, ge=0)
+    """The learner refuses rollouts drawn with weights that are more steps old."""
 
 
 class MethodConfig(Section):

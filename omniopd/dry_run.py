@@ -15,11 +15,11 @@ import yaml
 from omniopd.config import RunConfig
 from omniopd.data import Dataset, Row, load_rows
 from omniopd.errors import ConfigError
+from omniopd.inputs import check_teacher
 from omniopd.method import ChunkedSettings, Method, build_method, describe_part
 from omniopd.models import load_tokenizer, resolve_model
 from omniopd.progress import format_usd
 from omniopd.prompts import build_sampler
-from omniopd.run import check_teacher
 from omniopd.teachers.cards import ModelPrice, Transport, find_card
 from omniopd.teachers.continuation import continuation_messages, sent_prefix
 from omniopd.teachers.resolve import is_card_host, load_render, pick_transport

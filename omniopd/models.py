@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -80,7 +81,10 @@ def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
 def load_model(name: str, *, device: str = "auto", dtype: str = "auto") -> PreTrainedModel:
     """Load a causal language model in evaluation mode. Raises ConfigError when it cannot be loaded."""
     from transformers import AutoModelForCausalLM
+    from transformers.utils import logging
 
+    if not sys.stderr.isatty():
+        logging.disable_progress_bar()
     picked = pick_device(device)
     source = resolve_model(name)
     try:

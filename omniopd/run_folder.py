@@ -65,8 +65,9 @@ class RunFolder:
     def create(cls, path: Path, *, resume: bool, overwrite: bool) -> RunFolder:
         """Make the folder of a new run, or open the one of a run to continue.
 
-        `overwrite` empties an existing folder, and only one that holds a `resolved.yaml`. Raises RunError when the
-        folder cannot be used that way, ConfigError when both flags are given.
+        `overwrite` empties an existing folder, and only one that holds a `resolved.yaml`. A run that has never begun
+        is in nobody's way. Raises RunError when the folder cannot be used that way, ConfigError when both flags are
+        given.
         """
         if resume and overwrite:
             raise ConfigError("--resume keeps a run and --overwrite deletes it; give one of them")
@@ -84,13 +85,19 @@ class RunFolder:
                     "use another name, or delete the folder yourself"
                 )
             _empty(folder.path)
-        elif occupied:
+        elif occupied and not folder.has_never_begun:
             raise RunError(
                 f"{path} exists and is not empty; continue it with --resume, replace it with --overwrite, "
                 "or use another name"
             )
         _make_writable(folder.path)
         return folder
+
+    @property
+    def has_never_begun(self) -> bool:
+        """Whether a run was set up here and stopped before its first result, by a missing key for instance."""
+        results = (self.metrics, self.evals, self.rollouts, self.checkpoints, self.summary)
+        return self.resolved.is_file() and not any(path.exists() for path in results)
 
     @property
     def resolved(self) -> Path:

@@ -585,3 +585,16 @@ def test_bfloat16_computing_is_near_float32() -> None:
     for name in right:
         similarity = torch.nn.functional.cosine_similarity(right[name].flatten(), near[name].flatten(), dim=0)
         assert similarity > 0.98, name
+
+
+def test_stale_rollouts_are_refused_before_anything_changes() -> None:
+    made = tiny.learner(max_steps_off_policy=0)
+    signals = omniopd_signals()  # drawn with version 0
+    made.update(1, signals)
+    before = {name: p.clone() for name, p in made.policy.trainable_state().items()}
+    with pytest.raises(LearnerError, match=r"version 0, the learner is at 1 and rollout\.max_steps_off_policy is 0"):
+        made.update(2, signals)
+    assert all(torch.equal(p, before[name]) for name, p in made.policy.trainable_state().items())
+    tolerant = tiny.learner(max_steps_off_policy=1)
+    tolerant.update(1, signals)
+    assert tolerant.update(2, signals).policy_version == 2

@@ -7,6 +7,8 @@ import random
 from pathlib import Path
 
 import pytest
+import torch
+from transformers import AutoModelForCausalLM
 
 from omniopd.generation import SampleRequest, load_sampler
 from omniopd.worlds.mini_math import (
@@ -18,7 +20,7 @@ from omniopd.worlds.mini_math import (
     model_path,
     solution,
 )
-from omniopd.worlds.mini_math.build import HELD_OUT_SEED
+from omniopd.worlds.mini_math.build import HELD_OUT_SEED, train_model
 from omniopd.worlds.mini_math.tokenizer import CHARACTERS, build_tokenizer
 from omniopd.worlds.mini_math.world import slip
 
@@ -177,3 +179,14 @@ def test_the_student_knows_better_than_it_writes(student_folder: Path) -> None:
 
 def test_the_teacher_writes_better_than_the_student(student_folder: Path, teacher_folder: Path) -> None:
     assert accuracy(teacher_folder, temperature=1.0) > 0.6 > accuracy(student_folder, temperature=1.0)
+
+
+def test_recipe_writes_a_model_that_loads_and_learns(tmp_path: Path) -> None:
+    made = train_model("student", steps=3, slip_rate=0.4, seed=5, folder=tmp_path / "student")
+    assert made == json.loads((tmp_path / "student" / "build.json").read_text())
+    again = train_model("student", steps=3, slip_rate=0.4, seed=5, folder=tmp_path / "again")
+    assert again["greedy_accuracy"] == made["greedy_accuracy"]
+    first, second = (
+        AutoModelForCausalLM.from_pretrained(tmp_path / name).state_dict() for name in ("student", "again")
+    )
+    assert all(torch.equal(first[name], second[name]) for name in first)

@@ -214,9 +214,9 @@ def test_the_objective_in_words() -> None:
 def test_the_last_lines_of_a_run() -> None:
     summary = run_fixture.summary(40)
     assert render_summary(summary).splitlines() == [
-        "avg@16 30.1% -> 47.9%  (+17.8 points, 95% interval 15.6 to 20.0)",
         "greedy 81.0% -> 86.0%",
         "teacher tokens 1,234,567  requests 960  cost $?  time 2m 11s",
+        "avg@16 30.1% -> 47.9%  (+17.8 points, 95% interval 15.6 to 20.0)",
     ]
     unmeasured = run_fixture.summary(40, evaluated=False) | {"cost_usd": 0.5, "train_seconds": None}
     assert render_summary(unmeasured) == "teacher tokens 1,234,567  requests 960  cost $0.5000"

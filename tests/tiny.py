@@ -107,12 +107,20 @@ def learner(
     student: Policy | None = None,
     teacher: LanguageModel | None = None,
     save_offenders: Callable[[Sequence[TokenSignal]], Path] | None = None,
+    max_steps_off_policy: int = 100,
     num_steps: int = 10,
     **settings: Any,
 ) -> Learner:
     """Make a learner; `settings` are those of `LearnerConfig`."""
     config = LearnerConfig(**{"learning_rate": 1e-3, "max_grad_norm": 1e9, **settings})
-    return Learner(student or policy(), config, num_steps=num_steps, teacher=teacher, save_offenders=save_offenders)
+    return Learner(
+        student or policy(),
+        config,
+        num_steps=num_steps,
+        max_steps_off_policy=max_steps_off_policy,
+        teacher=teacher,
+        save_offenders=save_offenders,
+    )
 
 
 def save(folder: Path, **settings: Any) -> Path:

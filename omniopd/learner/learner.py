@@ -16,7 +16,7 @@ from omniopd.errors import ConfigError, LearnerError, NonFiniteLossError
 from omniopd.learner.batch import MicroBatch, Normalizer, pack, pad_rollouts
 from omniopd.learner.losses import STREAMS, TokenLoss, TokenSlice, build_losses
 from omniopd.learner.policy import LanguageModel, Policy
-from omniopd.types import Rollout, TokenSignal, Update
+from omniopd.types import Author, Rollout, TokenSignal, Update
 
 SaveOffenders = Callable[[Sequence[TokenSignal]], Path]
 
@@ -35,12 +35,14 @@ class Learner:
         config: LearnerConfig,
         *,
         num_steps: int,
+        max_steps_off_policy: int = 0,
         teacher: LanguageModel | None = None,
         save_offenders: SaveOffenders | None = None,
     ) -> None:
         self.policy = policy
         self.policy_version = 0
         self._config = config
+        self._max_steps_off_policy = max_steps_off_policy
         self._teacher = teacher
         self._losses = build_losses(config.losses)
         self._save_offenders = save_offenders
@@ -57,8 +59,9 @@ class Learner:
 
         Raises:
             NonFiniteLossError: before the weights change; the offending rollouts are saved first.
-            LearnerError: when no token carries a signal.
+            LearnerError: when no token carries a signal, or a student's rollout is older than `max_steps_off_policy`.
         """
+        self._check_age(step, signals)
         used = [s for s in signals if s.rollout.num_tokens > 0]
         normalizer = Normalizer.of(used, self._config.aggregation)
         if not any(normalizer.num_tokens.values()):
@@ -126,6 +129,17 @@ class Learner:
         self.optimizer.load_state_dict(state["optimizer"])
         self.scheduler.load_state_dict(state["scheduler"])
         self.policy_version = state["policy_version"]
+
+    def _check_age(self, step: int, signals: Sequence[TokenSignal]) -> None:
+        """Refuse stale rollouts: a missed weight push shows here instead of in the results."""
+        oldest = self.policy_version - self._max_steps_off_policy
+        for rollout in (s.rollout for s in signals if s.rollout.author == Author.STUDENT):
+            if rollout.policy_version < oldest:
+                raise LearnerError(
+                    f"step {step}: rollout {rollout.id} was drawn with weights of version {rollout.policy_version}, "
+                    f"the learner is at {self.policy_version} and rollout.max_steps_off_policy is "
+                    f"{self._max_steps_off_policy}; the engine did not get the last weights"
+                )
 
     def _accumulate(self, signals: Sequence[TokenSignal], normalizer: Normalizer) -> dict[str, float]:
         """Add the gradient of some rollouts; return the loss of each stream."""

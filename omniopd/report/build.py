@@ -126,19 +126,16 @@ def describe_verdict(
 
 
 def render_summary(summary: Mapping[str, Any]) -> str:
-    """Write the last lines of a run from its summary.json.
+    """Write the last lines of a run from its summary.json; what was gained stands in the very last one.
 
     Example:
         >>> print(render_summary({"teacher_tokens": 1200, "teacher_requests": 9, "cost_usd": None,
         ...     "train_seconds": 61, "avg_at_k": {"k": 16, "before": 0.301, "after": 0.479, "gain": 0.178,
         ...     "ci95": [0.156, 0.2]}}))
-        avg@16 30.1% -> 47.9%  (+17.8 points, 95% interval 15.6 to 20.0)
         teacher tokens 1,200  requests 9  cost $?  time 1m 01s
+        avg@16 30.1% -> 47.9%  (+17.8 points, 95% interval 15.6 to 20.0)
     """
     lines = []
-    gain = summary.get("avg_at_k")
-    if gain and gain.get("after") is not None:
-        lines.append(_gain_line(gain))
     greedy = summary.get("greedy")
     if greedy and greedy.get("before") is not None and greedy.get("after") is not None:
         lines.append(f"greedy {_percent(greedy['before'])} -> {_percent(greedy['after'])}")
@@ -147,6 +144,9 @@ def render_summary(summary: Mapping[str, Any]) -> str:
     if summary.get("train_seconds") is not None:
         facts.append(f"time {format_seconds(summary['train_seconds'])}")
     lines.append("  ".join(facts))
+    gain = summary.get("avg_at_k")
+    if gain and gain.get("after") is not None:
+        lines.append(_gain_line(gain))
     return "\n".join(lines)
 
 
