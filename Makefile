@@ -1,6 +1,6 @@
 # make setup | quickstart | test | check | coverage | test-wheel | mini-math
 # On Linux without an NVIDIA card, PyPI's torch brings 2 GB of CUDA along; the CPU build is smaller:
-#   make setup TORCH="torch==2.13.0 --index-url https://download.pytorch.org/whl/cpu"
+#   make setup TORCH="torch==2.13.0 --index-url URL"      with the URL of PyTorch's CPU index
 TORCH  ?= torch==2.13.0
 VENV   ?= .venv
 EXTRAS ?= train,similarity,dev

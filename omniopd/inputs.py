@@ -26,8 +26,7 @@ def check_teacher(config: RunConfig, method: Method) -> None:
     if method.needs_teacher_weights and not is_weights:
         raise ConfigError(
             f"method.supervision.type logprob needs the teacher's weights, and {config.teacher.spec!r} only gives "
-            "text; use "
-            "teacher.spec=hf:MODEL, or method.supervision.type=chunked"
+            "text; use teacher.spec=hf:MODEL, or method.supervision.type=chunked"
         )
     if method.needs_text_teacher and config.teacher.serve is not None:
         served = f"local:{Path(resolve_model(config.teacher.serve)).name}"

@@ -108,6 +108,11 @@ class Method:
         return isinstance(self.supervision, LogprobSettings)
 
     @property
+    def needs_reference(self) -> bool:
+        """Whether a signal anchors to the frozen initial student."""
+        return isinstance(self.supervision, ChunkedSettings) and self.supervision.anchor_beta > 0
+
+    @property
     def teacher_writes(self) -> bool:
         """Whether the rollouts are the teacher's instead of the student's."""
         return isinstance(self.supervision, ImitationSettings)
@@ -185,8 +190,7 @@ def _check_anchor(settings: ChunkedSettings) -> None:
     ):
         raise ConfigError(
             "method.supervision.anchor_beta is 0: with positive chunk weights and no anchor the published method "
-            "collapses "
-            "(8.28 instead of 69.08, arXiv 2606.01476 ablations); use 0.1, or set "
+            "collapses (8.28 instead of 69.08, arXiv 2606.01476 ablations); use 0.1, or set "
             "method.supervision.allow_zero_anchor=true "
             "to do it anyway"
         )

@@ -69,8 +69,7 @@ def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
     ):
         raise ConfigError(
             f"the model folder {source} has no tokenizer (no tokenizer.json); copy the tokenizer files of the base "
-            "model "
-            "into it, or save them with tokenizer.save_pretrained"
+            "model into it, or save them with tokenizer.save_pretrained"
         )
     try:
         return AutoTokenizer.from_pretrained(source)

@@ -116,6 +116,7 @@ class _Session:
             config.learner,
             num_steps=config.steps,
             max_steps_off_policy=config.rollout.max_steps_off_policy,
+            keep_reference=self.method.needs_reference,
             teacher=load_teacher_weights(config, method),
             save_offenders=self._save_offenders,
         )

@@ -20,7 +20,7 @@ from omniopd.config import LearnerConfig
 from omniopd.errors import ConfigError, LearnerError, NonFiniteLossError
 from omniopd.generation import Sampler, SampleRequest
 from omniopd.learner.batch import Normalizer
-from omniopd.learner.learner import Learner, schedule
+from omniopd.learner.learner import MAX_STEPS_WITHOUT_SIGNAL, Learner, schedule
 from omniopd.learner.policy import LanguageModel, Policy
 from omniopd.types import Rollout, SoftTarget, TokenSignal
 
@@ -443,12 +443,19 @@ def test_weights_below_zero_are_refused(weight: float) -> None:
         tiny.learner().update(1, [dataclasses.replace(signal, ce_weights=(1.0, weight, 1.0))])
 
 
-def test_a_step_without_a_signal_is_an_error() -> None:
-    silent = [dataclasses.replace(s, ce_weights=(0.0,) * s.rollout.num_tokens) for s in other_signals(ce_weights=1.0)]
-    with pytest.raises(LearnerError, match="step 1: none of the 2 rollouts carries a signal"):
-        tiny.learner().update(1, silent)
-    with pytest.raises(LearnerError, match="none of the 0 rollouts"):
-        tiny.learner().update(1, [])
+def test_a_step_without_a_signal_changes_nothing_and_many_in_a_row_are_an_error() -> None:
+    loud = other_signals(ce_weights=1.0)
+    silent = [dataclasses.replace(s, ce_weights=(0.0,) * s.rollout.num_tokens) for s in loud]
+    made = tiny.learner()
+    before = {name: p.clone() for name, p in made.policy.trainable_state().items()}
+    for step in range(1, MAX_STEPS_WITHOUT_SIGNAL):
+        update = made.update(step, silent if step % 2 else [])
+        assert (update.loss, update.grad_norm, update.policy_version) == (0.0, 0.0, 0)
+    assert all(torch.equal(p, before[name]) for name, p in made.policy.trainable_state().items())
+    with pytest.raises(LearnerError, match=f"for {MAX_STEPS_WITHOUT_SIGNAL} steps no rollout has carried a signal"):
+        made.update(MAX_STEPS_WITHOUT_SIGNAL, silent)
+    assert made.update(MAX_STEPS_WITHOUT_SIGNAL + 1, loud).policy_version == 1
+    assert made.update(MAX_STEPS_WITHOUT_SIGNAL + 2, silent).loss == 0.0  # The count starts again.
 
 
 def test_a_silent_rollout_counts_as_a_rollout_but_costs_nothing() -> None:

@@ -174,8 +174,11 @@ def test_storage_and_compute_precision(folder: Path) -> None:
     assert {p.dtype for p in load(folder, dtype="float64").model.parameters()} == {torch.float64}
 
 
-def test_frozen_reference_costs_nothing_to_ask_twice(folder: Path) -> None:
+def test_reference_is_kept_on_request_only(folder: Path) -> None:
     policy = load(folder)
+    with pytest.raises(LearnerError, match="the initial student was not kept"), policy.reference():
+        pass
+    policy.freeze_reference()
     with policy.reference() as first, policy.reference() as second:
         assert first is second
         assert not any(p.requires_grad for p in first.model.parameters())

@@ -112,3 +112,22 @@ def without_costs(signal_row: dict) -> dict:
         audit["continuations"].pop("usage")
         audit["continuations"].pop("seconds")
     return signal_row
+
+
+@pytest.mark.timeout(200)
+def test_interrupted_run_saves_what_is_done_and_goes_on(tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    quick = ("method.supervision={type: verifier}", "steps=200", "save_every=1000")
+    process = start(run, *quick)
+    deadline = time.monotonic() + 100
+    while len(read_metrics(run / "metrics.jsonl")) < 3:
+        assert process.poll() is None and time.monotonic() < deadline, "the run makes no progress"
+        time.sleep(0.02)
+    process.send_signal(signal.SIGINT)
+    assert process.wait(timeout=60) == 130
+    assert "--resume" in (tmp_path / "run.log").read_text()
+    (saved,) = (run / "checkpoints").glob("step-*")
+    done = len(read_metrics(run / "metrics.jsonl"))
+    assert saved.name == f"step-{done:06d}"
+    finish(start(run, *quick, f"steps={done + 2}", "--resume"), run)
+    assert [row["step"] for row in read_metrics(run / "metrics.jsonl")] == list(range(1, done + 3))

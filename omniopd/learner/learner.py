@@ -18,6 +18,9 @@ from omniopd.learner.losses import STREAMS, TokenLoss, TokenSlice, build_losses
 from omniopd.learner.policy import LanguageModel, Policy
 from omniopd.types import Author, Rollout, TokenSignal, Update
 
+MAX_STEPS_WITHOUT_SIGNAL = 10
+"""One step without a signal is luck (every group all right or all wrong); so many are a fault."""
+
 SaveOffenders = Callable[[Sequence[TokenSignal]], Path]
 
 
@@ -26,7 +29,8 @@ class Learner:
 
     The step is the same for any `micro_batch_size`: every normaliser is computed over the whole step first. Logits are
     computed `logits_slice_tokens` tokens at a time and their gradient is taken at once, so peak memory does not grow
-    with rollout length times vocabulary.
+    with rollout length times vocabulary. `keep_reference=False` saves the copy of the initial student where no signal
+    anchors to it.
     """
 
     def __init__(
@@ -36,11 +40,13 @@ class Learner:
         *,
         num_steps: int,
         max_steps_off_policy: int = 0,
+        keep_reference: bool = True,
         teacher: LanguageModel | None = None,
         save_offenders: SaveOffenders | None = None,
     ) -> None:
         self.policy = policy
         self.policy_version = 0
+        self._steps_without_signal = 0
         self._config = config
         self._max_steps_off_policy = max_steps_off_policy
         self._teacher = teacher
@@ -52,24 +58,24 @@ class Learner:
             policy.trainable, lr=config.learning_rate, betas=config.betas, weight_decay=config.weight_decay
         )
         self.scheduler = torch.optim.lr_scheduler.LambdaLR(self.optimizer, schedule(config, num_steps))
-        policy.freeze_reference()
+        # Now or never: a copy made later would not be the initial student.
+        if keep_reference:
+            policy.freeze_reference()
 
     def update(self, step: int, signals: Sequence[TokenSignal]) -> Update:
-        """Take one optimiser step.
+        """Take one optimiser step. A step without any signal leaves the weights as they are.
 
         Raises:
             NonFiniteLossError: before the weights change; the offending rollouts are saved first.
-            LearnerError: when no token carries a signal, or a student's rollout is older than `max_steps_off_policy`.
+            LearnerError: when too many steps in a row carry no signal, or a student's rollout is older than
+                `max_steps_off_policy`.
         """
         self._check_age(step, signals)
         used = [s for s in signals if s.rollout.num_tokens > 0]
         normalizer = Normalizer.of(used, self._config.aggregation)
         if not any(normalizer.num_tokens.values()):
-            raise LearnerError(
-                f"step {step}: none of the {len(signals)} rollouts carries a signal; look at the missing reasons and "
-                "the "
-                "filters in the records"
-            )
+            return self._skip(step, len(signals))
+        self._steps_without_signal = 0
         self.policy.model.train()
         self.optimizer.zero_grad(set_to_none=True)
         totals = dict.fromkeys(STREAMS, 0.0)
@@ -121,6 +127,7 @@ class Learner:
             "optimizer": self.optimizer.state_dict(),
             "scheduler": self.scheduler.state_dict(),
             "policy_version": self.policy_version,
+            "steps_without_signal": self._steps_without_signal,
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -129,6 +136,18 @@ class Learner:
         self.optimizer.load_state_dict(state["optimizer"])
         self.scheduler.load_state_dict(state["scheduler"])
         self.policy_version = state["policy_version"]
+        self._steps_without_signal = state["steps_without_signal"]
+
+    def _skip(self, step: int, num_rollouts: int) -> Update:
+        """Leave the weights as they are, unless too many steps in a row have had no signal."""
+        self._steps_without_signal += 1
+        if self._steps_without_signal >= MAX_STEPS_WITHOUT_SIGNAL:
+            raise LearnerError(
+                f"step {step}: for {self._steps_without_signal} steps no rollout has carried a signal (the last had "
+                f"{num_rollouts}); look at the missing reasons and the filters in the records"
+            )
+        rate = float(self.scheduler.get_last_lr()[0])
+        return Update(step=step, policy_version=self.policy_version, loss=0.0, grad_norm=0.0, learning_rate=rate)
 
     def _check_age(self, step: int, signals: Sequence[TokenSignal]) -> None:
         """Refuse stale rollouts: a missed weight push shows here instead of in the results."""
@@ -275,6 +294,5 @@ def _check_vocabularies(policy: Policy, teacher: LanguageModel) -> None:
     if theirs < ours:
         raise ConfigError(
             f"the teacher's vocabulary has {theirs} entries and the student's {ours}: they are not of one family; "
-            "use the "
-            "text path (method.supervision.type: chunked) for this teacher"
+            "use the text path (method.supervision.type: chunked) for this teacher"
         )

@@ -69,8 +69,7 @@ class LanguageModel:
         if not gap < 1e-2:
             raise LearnerError(
                 f"{type(self.model).__name__} does not compute its logits from the last hidden state alone: the head "
-                "gives "
-                f"logprobs that differ by {gap:.3g}; this architecture is not supported yet"
+                f"gives logprobs that differ by {gap:.3g}; this architecture is not supported yet"
             )
 
 
@@ -127,8 +126,8 @@ class Policy(LanguageModel):
             with self._peft.disable_adapter():
                 yield self
         else:
-            self.freeze_reference()
-            assert self._reference is not None
+            if self._reference is None:
+                raise LearnerError("the initial student was not kept, so nothing can be anchored to it")
             yield self._reference
 
     def save(self, folder: Path) -> None:

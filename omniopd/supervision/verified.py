@@ -31,8 +31,7 @@ class VerifiedSupervision:
             if rollout.is_correct is None:
                 raise ConfigError(
                     f"method.supervision.type verifier needs an answer for every prompt; prompt {rollout.prompt.id} "
-                    "has none "
-                    "or data.verifier is none"
+                    "has none or data.verifier is none"
                 )
             groups[rollout.prompt.id].append(float(rollout.is_correct))
         signals = []
