@@ -105,7 +105,7 @@ def run(job: Job, folder: Path, *, threads: int) -> dict[str, Any]:
             raise RuntimeError(f"{job.label} seed {job.seed} failed:\n{result.stderr[-2000:]}")
     data = json.loads(summary.read_text())
     rows = [json.loads(line) for line in (folder / name / "metrics.jsonl").read_text().splitlines()]
-    phases = ("generate", "teacher", "score", "learn", "step")
+    phases = ("generate", "teacher", "score", "loss", "optimizer", "step")
     seconds = {p: statistics.median(row.get(f"time/{p}_s") or 0.0 for row in rows) for p in phases}
     return {
         "label": job.label,

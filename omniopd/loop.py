@@ -57,8 +57,7 @@ async def train(run: Run, *, start_step: int = 0) -> None:
         signals = await run.supervision.signals(rollouts, ctx)
         for transform in run.transforms:
             signals = transform(signals, ctx)
-        with run.timer("learn"):
-            update = run.learner.update(step + 1, signals)
+        update = run.learner.update(step + 1, signals)
         with run.timer("sync"):
             await run.engine.push_weights(update.policy_version)
         for observer in run.observers:

@@ -119,6 +119,7 @@ class _Session:
             keep_reference=self.method.needs_reference,
             teacher=load_teacher_weights(config, method),
             save_offenders=self._save_offenders,
+            timer=self.timer,
         )
         self.engine = EmbeddedEngine(self.policy, config.rollout)
         self.checkpoints = Checkpoints(folder, keep=config.keep_checkpoints)

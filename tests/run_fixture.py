@@ -268,7 +268,7 @@ def _update(step: int, rng: random.Random) -> Update:
 
 
 def _timings(rng: random.Random) -> dict[str, float]:
-    phases = {"generate": 0.9, "teacher": 1.3, "score": 0.05, "learn": 0.7, "sync": 0.02}
+    phases = {"generate": 0.9, "teacher": 1.3, "score": 0.05, "loss": 0.6, "optimizer": 0.1, "sync": 0.02}
     noisy = {name: seconds * rng.uniform(0.85, 1.2) for name, seconds in phases.items()}
     return {**noisy, "step": sum(noisy.values())}
 

@@ -108,7 +108,7 @@ def test_one_step_calls_each_part_once_in_order() -> None:
         ("second", 1, 2),
     ]
     assert set(script.contexts) == {StepContext(step=0, num_steps=1, seed=7)}
-    assert script.phases == ["learn", "sync"]
+    assert script.phases == ["sync"]
 
 
 def test_a_run_goes_on_where_it_stopped() -> None:

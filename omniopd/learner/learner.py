@@ -16,6 +16,7 @@ from omniopd.errors import ConfigError, LearnerError, NonFiniteLossError
 from omniopd.learner.batch import MicroBatch, Normalizer, pack, pad_rollouts
 from omniopd.learner.losses import STREAMS, TokenLoss, TokenSlice, build_losses
 from omniopd.learner.policy import LanguageModel, Policy
+from omniopd.timing import StepTimer
 from omniopd.types import Author, Rollout, TokenSignal, Update
 
 MAX_STEPS_WITHOUT_SIGNAL = 10
@@ -43,6 +44,7 @@ class Learner:
         keep_reference: bool = True,
         teacher: LanguageModel | None = None,
         save_offenders: SaveOffenders | None = None,
+        timer: StepTimer | None = None,
     ) -> None:
         self.policy = policy
         self.policy_version = 0
@@ -52,6 +54,7 @@ class Learner:
         self._teacher = teacher
         self._losses = build_losses(config.losses)
         self._save_offenders = save_offenders
+        self._timer = timer or StepTimer()
         if teacher is not None:
             _check_vocabularies(policy, teacher)
         self.optimizer = torch.optim.AdamW(
@@ -78,23 +81,15 @@ class Learner:
         self._steps_without_signal = 0
         self.policy.model.train()
         self.optimizer.zero_grad(set_to_none=True)
-        totals = dict.fromkeys(STREAMS, 0.0)
-        # Alike lengths together waste less padding; the sum does not depend on the order.
-        ordered = sorted(used, key=lambda s: len(s.rollout.prompt.token_ids) + s.rollout.num_tokens)
-        size = self._config.micro_batch_size
-        for start in range(0, len(ordered), size):
-            part = ordered[start : start + size]
-            losses = self._accumulate(part, normalizer)
-            if not all(math.isfinite(v) for v in losses.values()):
-                self._fail(step, part, f"the loss is not finite: {losses}")
-            for stream, value in losses.items():
-                totals[stream] += value
-        grad_norm = float(torch.nn.utils.clip_grad_norm_(self.policy.trainable, self._config.max_grad_norm))
-        if not math.isfinite(grad_norm):
-            self._fail(step, used, f"the gradient norm is {grad_norm}")
-        rate = float(self.scheduler.get_last_lr()[0])
-        self.optimizer.step()
-        self.scheduler.step()
+        with self._timer("loss"):
+            totals = self._gradient(step, used, normalizer)
+        with self._timer("optimizer"):
+            grad_norm = float(torch.nn.utils.clip_grad_norm_(self.policy.trainable, self._config.max_grad_norm))
+            if not math.isfinite(grad_norm):
+                self._fail(step, used, f"the gradient norm is {grad_norm}")
+            rate = float(self.scheduler.get_last_lr()[0])
+            self.optimizer.step()
+            self.scheduler.step()
         self.policy_version += 1
         metrics = {f"tokens/{name}": float(count) for name, count in normalizer.num_tokens.items() if count}
         metrics |= {f"loss/{name}": totals[name] for name, count in normalizer.num_tokens.items() if count}
@@ -159,6 +154,21 @@ class Learner:
                     f"the learner is at {self.policy_version} and rollout.max_steps_off_policy is "
                     f"{self._max_steps_off_policy}; the engine did not get the last weights"
                 )
+
+    def _gradient(self, step: int, signals: Sequence[TokenSignal], normalizer: Normalizer) -> dict[str, float]:
+        """Add up the gradient of all micro-batches; return the loss of each stream."""
+        totals = dict.fromkeys(STREAMS, 0.0)
+        # Alike lengths together waste less padding; the sum does not depend on the order.
+        ordered = sorted(signals, key=lambda s: len(s.rollout.prompt.token_ids) + s.rollout.num_tokens)
+        size = self._config.micro_batch_size
+        for start in range(0, len(ordered), size):
+            part = ordered[start : start + size]
+            losses = self._accumulate(part, normalizer)
+            if not all(math.isfinite(v) for v in losses.values()):
+                self._fail(step, part, f"the loss is not finite: {losses}")
+            for stream, value in losses.items():
+                totals[stream] += value
+        return totals
 
     def _accumulate(self, signals: Sequence[TokenSignal], normalizer: Normalizer) -> dict[str, float]:
         """Add the gradient of some rollouts; return the loss of each stream."""

@@ -219,7 +219,7 @@ function curves() {
   const sameK = new Set(data.evals.map((r) => r.k)).size === 1;
   const withInterval = data.evals.filter((r) => Array.isArray(r.ci95));
   const phases = Object.keys(data.metrics).filter((n) => n.startsWith("time/") && n !== "time/step_s");
-  const order = ["generate", "teacher", "score", "learn", "sync"];
+  const order = ["generate", "teacher", "score", "loss", "optimizer", "sync"];
   const rank = (n) => (order.indexOf(n) + 1 || order.length + 1);
   const names = phases.map((n) => n.slice(5).replace(/_s$/, "")).sort((a, b) => rank(a) - rank(b));
   const kAt = new Map(data.evals.map((r) => [r.step, `\u00b7 k ${r.k}`]));
