@@ -181,24 +181,24 @@ def read_rates() -> dict[str, float]:
 
 def jobs_of(name: str, seeds: Sequence[int], steps: int) -> list[Job]:
     """List the runs behind one table."""
-    budget = f"steps={steps}"
     if name in ("seeds", "profile"):
         return [Job("quickstart", seed, ()) for seed in seeds]
+    budget = (f"steps={steps}", "eval.every=0")
     if name == "rates":
         return [
-            Job(f"{label} @ {rate:g}", TUNING_SEED, (*overrides, budget, f"learner.learning_rate={rate}"))
+            Job(f"{label} @ {rate:g}", TUNING_SEED, (*overrides, *budget, f"learner.learning_rate={rate}"))
             for label, overrides in METHODS.items()
             for rate in RATES
         ]
     rates = read_rates()
     if name == "methods":
         return [
-            Job(label, seed, (*overrides, budget, f"learner.learning_rate={rates[label]}"))
+            Job(label, seed, (*overrides, *budget, f"learner.learning_rate={rates[label]}"))
             for label, overrides in METHODS.items()
             for seed in seeds
         ]
     rate = f"learner.learning_rate={rates['OmniOPD, paper preset']}"
-    return [Job(label, seed, (*overrides, budget, rate)) for label, overrides in ABLATIONS.items() for seed in seeds]
+    return [Job(label, seed, (*overrides, *budget, rate)) for label, overrides in ABLATIONS.items() for seed in seeds]
 
 
 def main() -> None:
