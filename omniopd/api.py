@@ -22,7 +22,7 @@ from typing import Any, Self, TypeVar
 from omniopd.chunking import num_words, peak_words, select_chunks, tile_words
 from omniopd.errors import ConfigError, TeacherResponseError
 from omniopd.scoring.chunk_score import ChunkScorer, smoothed_target
-from omniopd.scoring.similarity import AnySimilarity, get_similarity
+from omniopd.scoring.similarity import AnySimilarity, as_similarity, get_similarity
 from omniopd.teachers.base import ContinuationRequest, Teacher, TeacherAnswer
 from omniopd.types import Chunk, ChunkScore, Message, Missing, TeacherContinuations, Usage, Value
 
@@ -145,6 +145,24 @@ class ChunkRewarder:
             )
         if self.teacher_options and not isinstance(self.teacher, str):
             raise ConfigError("teacher_options belong to a teacher spec; a teacher object has its options already")
+
+    @property
+    def settings(self) -> dict[str, str | int | float | None]:
+        """All that shapes a score, as plain values: two rewarders with equal settings are interchangeable."""
+        options = {f"teacher_options.{name}": str(value) for name, value in sorted(self.teacher_options.items())}
+        return {
+            "teacher": self.teacher if isinstance(self.teacher, str) else self.teacher.id,
+            **options,
+            "similarity": as_similarity(self.similarity).name,
+            "num_continuations": self.num_continuations,
+            "chunk_words": self.chunk_words,
+            "max_chunks": self.max_chunks,
+            "max_tokens": self.max_tokens,
+            "min_continuations": self.min_continuations,
+            "alpha": self.alpha,
+            "prior": self.prior,
+            "seed": self.seed,
+        }
 
     def score(
         self,

@@ -1,4 +1,7 @@
-"""Score a JSONL file of prompts and responses. Restarts where it stopped; keeps no state but the output itself."""
+"""Score a JSONL file of prompts and responses. Restarts where it stopped.
+
+The output is its own state; beside it lies `OUTPUT.settings.json`, which says how it was scored.
+"""
 
 from __future__ import annotations
 
@@ -53,12 +56,13 @@ def score_file(
         input: JSON lines; all are checked before the teacher is asked. Blank lines are skipped.
         output: JSON lines.
         rewarder: Has the teacher and the settings.
-        resume: Keep the rows of an existing output; they must be those of the input. That the rewarder's settings are
-            the same is not checked. False starts afresh.
+        resume: Keep the rows of an existing output; they must be those of the input and scored with the same settings.
+            False starts afresh.
         progress: Draw a bar on a terminal.
 
     Raises:
-        DataError: a row that cannot be used, named by file and line; an output that belongs to another input.
+        DataError: a row that cannot be used, named by file and line; an output that belongs to another input or was
+            scored with other settings.
         ConfigError: `output` is `input`.
         TeacherError: as the teacher raises it; what was done until then is kept.
     """
@@ -67,8 +71,12 @@ def score_file(
         raise ConfigError(f"input and output are both {input}; expected two files")
     rows = _read_rows(input)
     done = _completed_rows(output, rows, input) if resume else 0
+    settings = output.with_name(f"{output.name}.settings.json")
+    if done:
+        _check_settings(settings, rewarder)
     scored: list[ChunkRewards] = []
     output.parent.mkdir(parents=True, exist_ok=True)
+    settings.write_text(json.dumps(rewarder.settings, indent=1) + "\n", encoding="utf-8")
     with (
         output.open("a" if done else "w", encoding="utf-8", newline="\n") as sink,
         progress_bar("scoring rows", len(rows), show=progress, done=done) as advance,
@@ -206,6 +214,19 @@ def _completed_rows(output: Path, rows: Sequence[Mapping[str, Any]], source: Pat
     if len(complete) < len(content):
         os.truncate(output, len(complete))
     return len(lines)
+
+
+def _check_settings(path: Path, rewarder: ChunkRewarder) -> None:
+    """Refuse to go on with another teacher or similarity: one file holds one kind of score."""
+    if not path.is_file():
+        return
+    before, now = json.loads(path.read_text(encoding="utf-8")), rewarder.settings
+    changes = [f"{k} {before.get(k)!r} -> {now.get(k)!r}" for k in {**before, **now} if before.get(k) != now.get(k)]
+    if changes:
+        raise DataError(
+            f"the rows that are there were scored with other settings ({', '.join(changes)}; see {path}); use these, "
+            "give another output file, or start afresh without resume"
+        )
 
 
 def _changed(what: str) -> str:

@@ -253,3 +253,17 @@ def test_progress_counts_rows_on_a_terminal(
     (tmp_path / "out.jsonl").unlink()
     _run(tmp_path, CountingTeacher(), progress=False)
     assert capsys.readouterr().err == ""
+
+
+def test_going_on_with_other_settings_is_refused_and_names_them(tmp_path: Path) -> None:
+    source = _write(tmp_path / "in.jsonl", _ROWS)
+    output = tmp_path / "out.jsonl"
+    with ChunkRewarder(teacher=CountingTeacher(), similarity="edit") as first:
+        score_file(source, output, first, progress=False)
+    before = output.read_bytes()
+    with ChunkRewarder(teacher=CountingTeacher(), similarity="exact", num_continuations=2) as other:
+        with pytest.raises(DataError, match=r"similarity 'edit' -> 'exact', num_continuations 4 -> 2"):
+            score_file(source, output, other, progress=False)
+        assert output.read_bytes() == before
+        score_file(source, output, other, resume=False, progress=False)
+    assert output.read_bytes() != before
