@@ -34,9 +34,10 @@ $(STAMP): pyproject.toml constraints.txt
 	$(BIN)/python -m pip install -c constraints.txt -e ".[$(EXTRAS)]"
 	@touch $@
 
+# Settings can be added: make quickstart SET="seed=1 steps=120"
 quickstart: setup
 	@set -eu; run=quickstart-$$(date +%Y%m%d-%H%M%S); \
-	$(MALLOC) $(BIN)/omniopd train quickstart --run-name "$$run"
+	$(MALLOC) $(BIN)/omniopd train quickstart --run-name "$$run" $(SET)
 
 test: setup
 	$(ONE_THREAD) $(BIN)/python -m pytest -q -n 2

@@ -17,14 +17,14 @@ from omniopd.data import Dataset, Row, load_rows
 from omniopd.errors import ConfigError
 from omniopd.inputs import check_teacher
 from omniopd.method import ChunkedSettings, Method, build_method, describe_part
-from omniopd.models import load_tokenizer, resolve_model
+from omniopd.models import load_tokenizer, read_chat_template, resolve_model
 from omniopd.progress import format_usd
 from omniopd.prompts import build_sampler
 from omniopd.teachers.cards import ModelPrice, Transport, find_card
 from omniopd.teachers.continuation import continuation_messages, sent_prefix
 from omniopd.teachers.resolve import is_card_host, load_render, pick_transport
 from omniopd.teachers.spec import parse_spec
-from omniopd.templates import apply_prompt_options, build_prompts, preview, read_chat_template
+from omniopd.templates import apply_prompt_options, build_prompts, preview
 from omniopd.types import Message, Prompt
 from omniopd.verify import resolve_verifier
 

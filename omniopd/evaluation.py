@@ -22,7 +22,8 @@ import numpy.typing as npt
 from omniopd.bootstrap import Interval, mean_interval, paired_bootstrap
 from omniopd.data import load_rows
 from omniopd.errors import ConfigError, DataError
-from omniopd.templates import build_prompts, read_chat_template
+from omniopd.models import read_chat_template
+from omniopd.templates import build_prompts
 from omniopd.types import FinishReason, Prompt, Value
 from omniopd.verify import Verifier, get_verifier
 

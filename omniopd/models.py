@@ -32,6 +32,15 @@ def resolve_model(name: str) -> str:
     return str(path) if looks_like_path else name
 
 
+def read_chat_template(path: str | Path) -> str:
+    """Read a Jinja chat template. Raises ConfigError when there is none at `path`."""
+    file = Path(path).expanduser()
+    try:
+        return file.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"cannot read the chat template {str(path)!r} (looked for {file.absolute()})") from error
+
+
 def pick_device(device: str) -> torch.device:
     """Resolve `auto` to CUDA when there is one. Raises ConfigError when the device asked for is not there."""
     import torch

@@ -10,7 +10,6 @@ import json
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from omniopd.data import Dataset
@@ -31,15 +30,6 @@ class PromptSet:
     prompts: tuple[Prompt, ...]
     too_long: int
     """How many were left out for their length."""
-
-
-def read_chat_template(path: str | Path) -> str:
-    """Read a Jinja chat template. Raises ConfigError when there is none at `path`."""
-    file = Path(path).expanduser()
-    try:
-        return file.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"cannot read the chat template {str(path)!r} (looked for {file.absolute()})") from error
 
 
 def render_prompt(

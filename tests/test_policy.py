@@ -211,7 +211,7 @@ def test_chat_template_of_the_user_replaces_the_tokenizers_own(folder: Path, tmp
     template = tmp_path / "template.jinja"
     template.write_text("{{ messages[0]['content'] }}=")
     assert load(folder, chat_template=str(template)).tokenizer.chat_template == "{{ messages[0]['content'] }}="
-    with pytest.raises(ConfigError, match=r"cannot read student\.chat_template .*nowhere\.jinja.*No such file"):
+    with pytest.raises(ConfigError, match=r"cannot read the chat template .*nowhere\.jinja"):
         load(folder, chat_template=str(tmp_path / "nowhere.jinja"))
 
 

@@ -7,7 +7,8 @@ import pytest
 
 from omniopd.data import Dataset, Row
 from omniopd.errors import ConfigError, DataError
-from omniopd.templates import apply_prompt_options, build_prompts, preview, read_chat_template, render_prompt
+from omniopd.models import read_chat_template
+from omniopd.templates import apply_prompt_options, build_prompts, preview, render_prompt
 from omniopd.types import Message
 
 if TYPE_CHECKING:

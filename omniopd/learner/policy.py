@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from omniopd.errors import ConfigError, LearnerError, MissingExtraError
-from omniopd.models import load_model, load_tokenizer, pick_device, pick_dtype, resolve_model
+from omniopd.models import load_model, load_tokenizer, pick_device, pick_dtype, read_chat_template, resolve_model
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -95,7 +95,7 @@ class Policy(LanguageModel):
         stored = dtype if config.lora is not None or dtype == torch.float64 else torch.float32
         tokenizer = load_tokenizer(config.model)
         if config.chat_template is not None:
-            tokenizer.chat_template = _read_template(config.chat_template)
+            tokenizer.chat_template = read_chat_template(config.chat_template)
         model = load_model(config.model, device=config.device, dtype=str(stored).removeprefix("torch."))
         if config.gradient_checkpointing:
             model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
@@ -176,13 +176,6 @@ def _with_adapters(model: PreTrainedModel, lora: LoraConfig, *, gradient_checkpo
         raise ConfigError(
             f"student.lora cannot be applied (target_modules {lora.target_modules!r}): {error}"
         ) from error
-
-
-def _read_template(path: str) -> str:
-    try:
-        return Path(path).read_text()
-    except OSError as error:
-        raise ConfigError(f"cannot read student.chat_template {path!r}: {error.strerror}") from error
 
 
 def load_frozen(name: str, *, device: str, dtype: str) -> LanguageModel:
