@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -46,7 +47,14 @@ def run_command(folder: Path, *extra: str) -> list[str]:
 def start(folder: Path, *extra: str) -> subprocess.Popen[bytes]:
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     with (folder.parent / f"{folder.name}.log").open("ab") as log:
-        return subprocess.Popen(run_command(folder, *extra), stdout=log, stderr=log, env=environment)
+        return subprocess.Popen(
+            run_command(folder, *extra),
+            stdout=log,
+            stderr=log,
+            env=environment,
+            # Under a shell that starts jobs in the background Ctrl-C is ignored, and a child would inherit that.
+            preexec_fn=partial(signal.signal, signal.SIGINT, signal.SIG_DFL),
+        )
 
 
 def finish(process: subprocess.Popen[bytes], folder: Path) -> None:
