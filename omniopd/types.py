@@ -238,6 +238,9 @@ class Continuation(Value):
     missing: Missing | None = None
     detail: str = ""
     """What was repaired, or what went wrong. Never holds a key."""
+    is_exact: bool = True
+    """Whether the server went on from the prefix itself. A chat model that was only asked to may have lost whitespace
+    at the joint, and where its reply ends says nothing about where the answer does."""
 
     def __post_init__(self) -> None:
         if (self.text is None) == (self.missing is None):

@@ -325,6 +325,29 @@ def test_a_cut_off_last_piece_is_ignored_unless_the_teacher_ended_there() -> Non
     assert votes(rollout, said("thef", "length")) == [{"the": 1.0}, {"f": 1.0}]
 
 
+def by_chat(text: str, finish_reason: str = "stop") -> Continuation:
+    """What a chat model wrote that was only asked to go on."""
+    return Continuation(text=text, finish_reason=finish_reason, is_exact=False)
+
+
+def test_whitespace_that_a_chat_model_leaves_out_at_the_joint_is_not_held_against_the_student() -> None:
+    rollout = worded(5, 8, 4)  # for| the|re, audited from " the"
+    assert votes(rollout, by_chat("there"), start=1) == [{" the": 1.0}, {"re": 1.0}]
+    # A server that goes on from the prefix itself means what it writes: "the" without a space.
+    assert votes(rollout, said("there"), start=1) == [{"the": 1.0}]
+    # Whitespace that is there is not doubled, and none is added where the student wrote none.
+    assert votes(rollout, by_chat(" there"), start=1) == [{" the": 1.0}, {"re": 1.0}]
+    assert votes(worded(3, 4), by_chat("there")) == [{"the": 1.0}, {"re": 1.0}]
+
+
+def test_the_end_of_a_chat_reply_is_not_the_end_of_the_answer() -> None:
+    rollout = worded(3, 6)  # the|e
+    assert votes(rollout, said("the", "stop")) == [{"the": 1.0}, {"$": 1.0}]
+    assert votes(rollout, by_chat("the")) == [{"the": 1.0}]
+    # Nor does it tell that its last word is whole.
+    assert votes(rollout, by_chat("thefor")) == [{"the": 1.0}]
+
+
 def test_text_that_the_student_cannot_write_has_no_vote() -> None:
     assert votes(worded(3, 6), said("!!"), said("thee")) == [{"the": 1.0}, {"e": 1.0}]
 

@@ -469,3 +469,11 @@ def test_the_instruction_keeps_its_head_while_the_answer_grows() -> None:
     assert "does not end in whitespace" in short[1].content
     assert "It ends in whitespace" in long[1].content
     assert continuation_messages(TASK, " ", max_tokens=8) == TASK
+
+
+def test_only_a_chat_model_that_was_asked_to_go_on_is_not_exact() -> None:
+    assert clean("2+2=", "4", "completions").is_exact
+    assert clean("2+2=", "4", "prefill").is_exact
+    assert not clean("2+2=", "4", "chat").is_exact
+    # Without a prefix it was asked for its own answer, and the end of that is the end.
+    assert clean("", "4", "chat").is_exact

@@ -13,7 +13,7 @@ from typing import Protocol
 
 from omniopd.errors import ConfigError
 from omniopd.scoring.chunk_score import geometric_prior, smoothed_target
-from omniopd.types import Audit, Rollout, SoftTarget
+from omniopd.types import Audit, Continuation, Rollout, SoftTarget
 
 
 class StudentVocabulary(Protocol):
@@ -141,7 +141,8 @@ class TeacherText:
     target(v) = (number of surviving continuations whose next token is v + prior P(v)) / (survivors + prior).
     It is a Monte-Carlo estimate of the teacher's next-token distribution from text alone; where no continuation
     survives there is no evidence and no target. Agreement is by characters, the next token is the student tokenizer's,
-    so any teacher will do. Ours.
+    so any teacher will do. Where a chat model was only asked to go on, its missing whitespace at the joint is not held
+    against the student and the end of its reply is not taken for the end of the answer. Ours.
     """
 
     prior: float = 1.0
@@ -162,7 +163,9 @@ class TeacherText:
         rollout, chunk = audited.rollout, audit.chunk
         origin = rollout.char_starts[chunk.start]
         continuations = [
-            (c.text, c.finish_reason == "stop") for c in audit.continuations.continuations if c.text is not None
+            (_joined(c, chunk.text), c.is_exact and c.finish_reason == "stop")
+            for c in audit.continuations.continuations
+            if c.text is not None
         ]
         targets = []
         alive = list(range(len(continuations)))
@@ -208,6 +211,15 @@ def _same_character(rollout: Rollout, position: int, vocabulary: StudentVocabula
     before = rollout.token_ids[first:position]
     ids = vocabulary.encode(rollout.text_between(first, bisect.bisect_right(rollout.char_starts, start)))
     return before if tuple(ids[: len(before)]) == before else ()
+
+
+def _joined(continuation: Continuation, student: str) -> str:
+    """Return the continuation with the whitespace that a chat model leaves out between the prefix and its reply."""
+    assert continuation.text is not None
+    margin = student[: len(student) - len(student.lstrip())]
+    if continuation.is_exact or not margin or continuation.text[:1].isspace():
+        return continuation.text
+    return margin + continuation.text
 
 
 def _next_token(

@@ -83,6 +83,8 @@ def clean_continuation(
     5. no text: EMPTY, with one exception. When a server that goes on from a non-empty prefix by construction stops at
        once, the teacher says that the answer is complete there. That is evidence, and stays the usable text "".
 
+    What a chat model wrote for a non-empty prefix is marked as not exact.
+
     Args:
         prefix: the partial answer as the student wrote it.
         text: the server's text, unchanged.
@@ -115,7 +117,8 @@ def clean_continuation(
         return missing(Missing.GARBAGE, "the reply repeats the prefix and adds nothing")
     joined = _restore_joint(prefix, text if rest is None else rest, repairs)
     if joined.strip() or (joined and not is_chat):
-        return Continuation(text=joined, finish_reason=finish_reason, detail="; ".join(repairs))
+        is_exact = not is_chat or not prefix.strip()
+        return Continuation(text=joined, finish_reason=finish_reason, detail="; ".join(repairs), is_exact=is_exact)
     if not is_chat and prefix and finish_reason == "stop":
         return Continuation(text="", finish_reason=finish_reason, detail="the teacher ended the answer here")
     return missing(Missing.EMPTY, f"no text, finish_reason {finish_reason!r}")
