@@ -120,3 +120,11 @@ def test_run_keeps_what_it_was_made_of(tmp_path: Path) -> None:
     assert resolved["learner"]["aggregation"] == "sequence_mean_token_sum"
     environment = json.loads((run / "environment.json").read_text())
     assert environment["packages"]["torch"] == torch.__version__
+
+
+def test_raw_prompts_and_prefilled_chat_reach_the_teacher_as_the_same_text(tmp_path: Path) -> None:
+    losses = []
+    for transport in ("completions", "prefill"):
+        run = train(tmp_path, transport, "data.eval=null", f"teacher.continuation={transport}")
+        losses.append([row["optim/loss"] for row in read_metrics(run / "metrics.jsonl")])
+    assert losses[0] == pytest.approx(losses[1], abs=1e-9)
