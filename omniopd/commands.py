@@ -38,8 +38,10 @@ def train(args: argparse.Namespace) -> int:
 def _train_flags(args: argparse.Namespace) -> dict[str, Mapping[str, Any]]:
     flags: dict[str, Mapping[str, Any]] = {}
     if args.teacher:
-        # A run file may start a teacher of its own; the one named here takes its place.
-        flags[f"--teacher {args.teacher}"] = {"teacher": {"spec": args.teacher, "serve": None}}
+        # A run file may start a teacher of its own; the one named here takes its place, unless the same line starts it.
+        asks_to_serve = any(word.startswith("teacher.serve=") for word in args.settings)
+        teacher = {"spec": args.teacher} if asks_to_serve else {"spec": args.teacher, "serve": None}
+        flags[f"--teacher {args.teacher}"] = {"teacher": teacher}
     if args.student:
         flags[f"--student {args.student}"] = {"student": {"model": args.student}}
     if args.data:
