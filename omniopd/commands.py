@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import sys
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -28,8 +29,11 @@ def train(args: argparse.Namespace) -> int:
 
         print(dry_run(config))
         return 0
+    from omniopd.dry_run import spending_notice
     from omniopd.run import run_training
 
+    if notice := spending_notice(config):
+        print(notice, file=sys.stderr)
     folder = run_training(config, resume=args.resume, overwrite=args.overwrite, argv=["omniopd", *args.argv])
     print(describe_result(folder))
     return 0

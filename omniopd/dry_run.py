@@ -20,6 +20,7 @@ from omniopd.method import ChunkedSettings, Method, build_method, describe_part
 from omniopd.models import load_tokenizer, read_chat_template, resolve_model
 from omniopd.progress import format_usd
 from omniopd.prompts import build_sampler
+from omniopd.run_folder import RunFolder
 from omniopd.teachers.cards import ModelPrice, Transport, find_card
 from omniopd.teachers.continuation import continuation_messages, sent_prefix
 from omniopd.teachers.resolve import is_card_host, load_render, pick_transport
@@ -327,6 +328,28 @@ def _describe_calls(config: RunConfig, method: Method, dataset: Dataset | None, 
     return "\n".join([*table, *notes])
 
 
+def spending_notice(config: RunConfig) -> str | None:
+    """Say in one line what a run may buy at most, before it begins; None when the teacher costs nothing.
+
+    Reads no data. Raises ConfigError for a method or a teacher that cannot be used.
+    """
+    method = build_method(config.method)
+    if not method.needs_text_teacher:
+        return None
+    price = _price(config)
+    step = estimate_calls(config, method, prompt_tokens=ASSUMED_PROMPT_TOKENS, paid_per_sample=False)
+    assert step is not None
+    total = step.times(config.steps)
+    bought = f"{config.teacher.spec} writes at most {total.output_tokens:,} tokens in {total.requests:,} requests"
+    if price is None:
+        return f"{bought}; its price is unknown, so no budget limits it (--dry-run shows more, Ctrl-C stops)"
+    cost = price.cost_usd(0, total.output_tokens)
+    if cost == 0:
+        return None
+    limit = "no budget limits it" if config.teacher.budget_usd is None else f"budget {config.teacher.budget_usd:g} USD"
+    return f"{bought}, up to {format_usd(cost)} besides what it reads; {limit}"
+
+
 def _price(config: RunConfig) -> ModelPrice | None:
     """Return what the teacher costs; None when that is unknown, which a budget does not go with."""
     spec = parse_spec(config.teacher.spec)
@@ -361,7 +384,7 @@ def _describe_evaluation(config: RunConfig) -> str:
 
 def _describe_folder(config: RunConfig) -> str:
     folder = config.output / config.name
-    is_occupied = folder.is_dir() and any(folder.iterdir())
+    is_occupied = folder.is_dir() and any(folder.iterdir()) and not RunFolder(folder).has_never_begun
     return f"{folder}" + (" exists: the run needs --resume, --overwrite or another --run-name" if is_occupied else "")
 
 

@@ -99,11 +99,20 @@ def test_chunk_longer_than_every_rollout_names_both_lengths(tmp_path: Path, caps
             tmp_path,
             f"teacher.spec=local:teacher@{server.base_url}",
             "teacher.tokenizer=mini-math:teacher",
-            "method.supervision.chunker={type: entropy, chunk_tokens: 500, max_chunks: 3}",
+            "method.supervision.chunker={type: entropy, chunk_tokens: 39, max_chunks: 3}",
         )
     told = message(capsys)
     assert code == 2
-    assert "chunk_tokens is 500" in told and "the longest of the 4 rollouts has" in told
+    assert "chunk_tokens is 39" in told and "the longest of the 4 rollouts has" in told
+
+
+def test_chunk_longer_than_a_rollout_may_be_is_refused_at_once(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert train(tmp_path, "method.supervision.chunker={type: entropy, chunk_tokens: 500, max_chunks: 3}") == 2
+    told = message(capsys)
+    assert "chunk_tokens is 500" in told and "rollout.max_tokens is 40" in told
+    assert not (tmp_path / "run").exists()
 
 
 def test_output_folder_that_is_not_writable(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from omniopd.config import RunConfig
-from omniopd.dry_run import dry_run, estimate_calls
+from omniopd.dry_run import dry_run, estimate_calls, spending_notice
 from omniopd.errors import ConfigError, DataError
 from omniopd.method import build_method
 from omniopd.overrides import list_configs, load_config
@@ -116,23 +116,40 @@ def test_prompts_are_shown_as_both_models_read_them(student_folder: Path) -> Non
     assert "[assistant] [what the student wrote before the chunk]" in echo
 
 
-def test_cost_is_shown_when_the_card_has_a_price(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.fixture
+def dear(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Ten small steps with a teacher whose card has a price."""
     (tmp_path / "teachers").mkdir()
     card = "id: dear\ndialect: openai-chat\nbase_url: https://dear.test/v1\napi_key_env: DEAR_API_KEY\n"
     card += "can: {continuations: [chat, prefill], n: true}\nprice:\n  as_of: 2026-11-22\n"
     card += "  models: {big: {input_usd_per_mtok: 10.0, output_usd_per_mtok: 20.0}}\n"
     (tmp_path / "teachers" / "dear.yaml").write_text(card)
     monkeypatch.chdir(tmp_path)
-    words = ["teacher={spec: 'dear:big', serve: null, continuation: prefill}", "steps=10", *SMALL]
-    text = dry_run(quickstart(*words))
+    return ["teacher={spec: 'dear:big', serve: null, continuation: prefill}", "steps=10", *SMALL]
+
+
+def test_cost_is_shown_when_the_card_has_a_price(dear: list[str]) -> None:
+    text = dry_run(quickstart(*dear))
     # As in the estimate by hand, ten steps: 7,200 tokens out at $20 and 3,240 to 6,120 in at $10 the million:
     # 0.144 + 0.0324 = 0.1764 and 0.144 + 0.0612 = 0.2052.
     assert "$0.1764 to $0.2052" in text
     assert "may stop the run" not in text
-    assert "may stop the run before its last step" in dry_run(quickstart(*words, "teacher.budget_usd=0.2"))
+    assert "may stop the run before its last step" in dry_run(quickstart(*dear, "teacher.budget_usd=0.2"))
     # A proxy at another address has other prices.
     with pytest.raises(ConfigError, match=r"budget_usd is 1\.0, but the price of"):
-        dry_run(quickstart(*words, "teacher.spec='dear:big@https://proxy.test/v1'", "teacher.budget_usd=1.0"))
+        dry_run(quickstart(*dear, "teacher.spec='dear:big@https://proxy.test/v1'", "teacher.budget_usd=1.0"))
+
+
+def test_a_run_says_what_it_may_buy_before_it_begins(dear: list[str]) -> None:
+    # 10 steps x 6 rollouts x 3 chunks = 180 requests, x 5 continuations x 8 tokens = 7,200 tokens at $20 the million.
+    bought = "dear:big writes at most 7,200 tokens in 180 requests, up to $0.1440 besides what it reads"
+    assert spending_notice(quickstart(*dear)) == f"{bought}; no budget limits it"
+    assert spending_notice(quickstart(*dear, "teacher.budget_usd=0.1")) == f"{bought}; budget 0.1 USD"
+    unknown = spending_notice(quickstart(*dear, "teacher.spec=openai:gpt-4o"))
+    assert unknown is not None and "its price is unknown, so no budget limits it" in unknown
+    # Nothing to say where nothing is billed.
+    assert spending_notice(quickstart()) is None
+    assert spending_notice(quickstart("method={supervision: {type: verifier}, transforms: []}")) is None
 
 
 def test_methods_without_a_text_teacher_ask_for_nothing() -> None:
@@ -172,6 +189,8 @@ def test_a_folder_that_exists_is_mentioned(tmp_path: Path) -> None:
     assert "--resume" not in dry_run(quickstart(*words))
     (tmp_path / "old").mkdir()
     (tmp_path / "old" / "resolved.yaml").write_text("name: old\n")
+    assert "--resume" not in dry_run(quickstart(*words))  # It stopped before its first result.
+    (tmp_path / "old" / "metrics.jsonl").write_text("")
     assert "needs --resume, --overwrite or another --run-name" in dry_run(quickstart(*words))
 
 
