@@ -10,6 +10,7 @@ thread and two runs at a time, but two threads and one run at a time for `seeds`
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
 import os
 import platform
@@ -30,6 +31,7 @@ PAPER: dict[str, Any] = {
     "chunker": {"type": "entropy", "chunk_tokens": 8, "max_chunks": 3},
     "num_continuations": 4,
     "similarity": "edit",
+    "align": False,
     "credit": {"type": "smoothed", "alpha": 1.0},
     "anchor_beta": 0.1,
 }
@@ -88,7 +90,8 @@ class Job:
 
 def run(job: Job, folder: Path, *, threads: int) -> dict[str, Any]:
     """Run one job (or read its summary when it is already there) and return its figures."""
-    name = "".join(c if c.isalnum() else "-" for c in f"{job.label}-{job.seed}".lower())
+    settings = hashlib.sha256(repr(job.overrides).encode()).hexdigest()[:8]
+    name = "".join(c if c.isalnum() else "-" for c in f"{job.label}-{job.seed}-{settings}".lower())
     summary = folder / name / "summary.json"
     if not summary.is_file():
         environment = {

@@ -267,8 +267,12 @@ def _teacher_prompt(config: RunConfig, method: Method, messages: Sequence[Messag
     if transport == "prefill":
         opened = Message(role="assistant", content=sent_prefix(PLACEHOLDER))
         return ["The teacher reads (messages, the last one left open):", _indented(_turns([*messages, opened]))]
-    served = config.teacher.serve
-    assert served is not None, "raw prompts are only chosen where the teacher's tokenizer is known"
+    served = config.teacher.tokenizer or config.teacher.serve
+    if served is None:
+        raise ConfigError(
+            "teacher.continuation is completions, and nothing says how to write a conversation as raw text; set "
+            "teacher.tokenizer to the folder of the teacher's tokenizer, or use prefill or chat"
+        )
     if find_tokenizer(served) is None:
         opened = Message(role="assistant", content=sent_prefix(PLACEHOLDER))
         return [
@@ -288,7 +292,7 @@ def _transport(config: RunConfig) -> Transport:
     return pick_transport(
         card,
         config.teacher.continuation,
-        has_tokenizer=config.teacher.serve is not None,
+        has_tokenizer=(config.teacher.tokenizer or config.teacher.serve) is not None,
         is_card_host=is_card_host(spec, card),
     )
 
@@ -337,7 +341,8 @@ def spending_notice(config: RunConfig) -> str | None:
     if not method.needs_text_teacher:
         return None
     price = _price(config)
-    step = estimate_calls(config, method, prompt_tokens=ASSUMED_PROMPT_TOKENS, paid_per_sample=False)
+    has_n = find_card(parse_spec(config.teacher.spec).provider).can.n
+    step = estimate_calls(config, method, prompt_tokens=ASSUMED_PROMPT_TOKENS, paid_per_sample=not has_n)
     assert step is not None
     total = step.times(config.steps)
     bought = f"{config.teacher.spec} writes at most {total.output_tokens:,} tokens in {total.requests:,} requests"

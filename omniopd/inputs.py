@@ -113,12 +113,24 @@ def open_text_teacher(config: RunConfig, method: Method, folder: RunFolder, stac
     return MeteredTeacher(teacher)
 
 
-def load_teacher_weights(config: RunConfig, method: Method) -> LanguageModel | None:
-    """Load the open-weight teacher of the logit path."""
+def load_teacher_weights(config: RunConfig, method: Method, policy: Policy) -> LanguageModel | None:
+    """Load the open-weight teacher of the logit path.
+
+    Raises ConfigError when its vocabulary gives the student's tokens other ids: the divergence would compare unrelated
+    tokens.
+    """
     if not method.needs_teacher_weights:
         return None
     from omniopd.learner.policy import load_frozen
+    from omniopd.models import load_tokenizer
 
-    return load_frozen(
-        config.teacher.spec.removeprefix("hf:"), device=config.student.device, dtype=config.student.dtype
-    )
+    name = config.teacher.spec.removeprefix("hf:")
+    ours, theirs = policy.tokenizer.get_vocab(), load_tokenizer(name).get_vocab()
+    strangers = [token for token, i in ours.items() if theirs.get(token) != i]
+    if strangers:
+        raise ConfigError(
+            f"{len(strangers):,} of the student's {len(ours):,} tokens, e.g. {strangers[0]!r}, have another id or "
+            "none in the "
+            f"vocabulary of {name!r}: the logit path needs one vocabulary; use method.supervision.type: chunked"
+        )
+    return load_frozen(name, device=config.student.device, dtype=config.student.dtype)

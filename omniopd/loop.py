@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
@@ -62,3 +63,5 @@ async def train(run: Run, *, start_step: int = 0) -> None:
             await run.engine.push_weights(update.policy_version)
         for observer in run.observers:
             observer.after_step(update, signals, ctx)
+        # Where nothing else waits, this is where Ctrl-C arrives: between two steps.
+        await asyncio.sleep(0)

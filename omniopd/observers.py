@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import resource
 import sys
 from collections.abc import Callable, Sequence
@@ -68,17 +69,25 @@ class PeriodicCheckpoint:
     every: int
     checkpoints: Checkpoints
     state: Callable[[], dict[str, Any]]
+    prompts: PromptSource
     completed: int = 0
     """Steps that are done and recorded."""
+    _prompts_state: dict[str, Any] | None = None
 
     def after_step(self, update: Update, signals: Sequence[TokenSignal], ctx: StepContext) -> None:
-        self.completed = ctx.step + 1
+        self.begin(ctx.step + 1)
         if self.completed % self.every == 0 or self.completed == ctx.num_steps:
             self.save()
 
+    def begin(self, completed: int) -> None:
+        """Take note of what is done. Drawing the prompts of the next step must not change what is saved."""
+        self.completed = completed
+        if isinstance(self.prompts, LearnsFromRollouts):
+            self._prompts_state = copy.deepcopy(self.prompts.state_dict())
+
     def save(self) -> None:
         """Save the state after the completed steps."""
-        self.checkpoints.save(self.completed, self.state())
+        self.checkpoints.save(self.completed, {**self.state(), "prompts": self._prompts_state})
 
 
 def peak_rss_mb() -> float:

@@ -21,6 +21,7 @@ PRESETS: Mapping[str, Mapping[str, Any]] = {
                 "chunker": {"type": "entropy", "chunk_tokens": 50, "max_chunks": 10},
                 "num_continuations": 10,
                 "similarity": "edit",
+                "align": False,
                 "credit": {"type": "smoothed", "alpha": 1.0},
                 "anchor_beta": 0.1,
             },

@@ -7,7 +7,7 @@ import json
 import time
 from collections.abc import Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -70,20 +70,30 @@ def run_training(
     return folder.path
 
 
-@dataclass(frozen=True, kw_only=True)
 class _Student:
     """What the rest of the run may know of the student's tokenizer."""
 
-    policy: Policy
-    detokenize: Detokenizer
+    def __init__(self, policy: Policy, detokenize: Detokenizer) -> None:
+        from omniopd.generation import end_token_ids
 
-    @property
-    def end_id(self) -> int | None:
-        end_id: int | None = self.policy.tokenizer.eos_token_id
-        return end_id
+        self.detokenize = detokenize
+        self.end_id: int | None = policy.tokenizer.eos_token_id
+        self.end_ids = end_token_ids(policy.model, policy.tokenizer)
+        self._tokenizer = policy.tokenizer
+        self._anchor = self._ids("\n")
+        # Some vocabularies put a space before every text they are given; text that follows other text has none.
+        self._needs_anchor = self._ids("\na") != self._anchor + self._ids("a")
+        self.encode = lru_cache(maxsize=1 << 16)(self._encode)
 
-    def encode(self, text: str) -> list[int]:
-        ids: list[int] = self.policy.tokenizer.encode(text, add_special_tokens=False)
+    def _encode(self, text: str) -> list[int]:
+        if self._needs_anchor:
+            ids = self._ids("\n" + text)
+            if ids[: len(self._anchor)] == self._anchor:
+                return ids[len(self._anchor) :]
+        return self._ids(text)
+
+    def _ids(self, text: str) -> list[int]:
+        ids: list[int] = self._tokenizer.encode(text, add_special_tokens=False)
         return ids
 
 
@@ -108,7 +118,7 @@ class _Session:
         # First, because a missing key or a wrong address should not wait for a large model to load.
         self.teacher = open_text_teacher(config, method, folder, stack)
         self.policy = Policy.load(config.student)
-        self.student = _Student(policy=self.policy, detokenize=Detokenizer(self.policy.tokenizer))
+        self.student = _Student(self.policy, Detokenizer(self.policy.tokenizer))
         self.verifier, prompts, self.eval_prompts = load_prompts(config, self.policy, self.progress.message)
         self.prompts = build_sampler(config.data.sampler, prompts, config.seed)
         self.learner = Learner(
@@ -117,13 +127,15 @@ class _Session:
             num_steps=config.steps,
             max_steps_off_policy=config.rollout.max_steps_off_policy,
             keep_reference=self.method.needs_reference,
-            teacher=load_teacher_weights(config, method),
+            teacher=load_teacher_weights(config, method, self.policy),
             save_offenders=self._save_offenders,
             timer=self.timer,
         )
         self.engine = EmbeddedEngine(self.policy, config.rollout)
         self.checkpoints = Checkpoints(folder, keep=config.keep_checkpoints)
-        self.saver = PeriodicCheckpoint(every=config.save_every, checkpoints=self.checkpoints, state=self._state)
+        self.saver = PeriodicCheckpoint(
+            every=config.save_every, checkpoints=self.checkpoints, state=self._state, prompts=self.prompts
+        )
         self.started = time.perf_counter()
         self.earlier_seconds = 0.0
         self._preview(prompts[0])
@@ -133,7 +145,7 @@ class _Session:
     def run(self, *, resume: bool) -> None:
         """Measure, train, measure again, and write the results."""
         start_step = self._resume() if resume else 0
-        self.saver.completed = start_step
+        self.saver.begin(start_step)
         records = self._open_records(start_step)
         try:
             before = self._evaluate_once(records, 0, "before") if start_step == 0 else self._read_evaluation("before")
@@ -149,7 +161,9 @@ class _Session:
 
     def stop_early(self) -> None:
         """Save what is done, so that a stopped run loses no finished step."""
-        if self.saver.completed > 0:
+        # Interrupted between the update and its records, the weights belong to no completed step; then the checkpoint
+        # before stands.
+        if self.saver.completed > 0 and self.learner.last_step == self.saver.completed:
             self.saver.save()
             self.progress.message(
                 f"stopped after step {self.saver.completed}, which is saved; go on with --resume ({self.folder.path})"
@@ -328,8 +342,6 @@ class _Session:
             "learner": self.learner.state_dict(),
             "seconds": self.earlier_seconds + time.perf_counter() - self.started,
         }
-        if isinstance(self.prompts, LearnsFromRollouts):
-            state["prompts"] = self.prompts.state_dict()
         return state
 
     def _resume(self) -> int:

@@ -23,6 +23,8 @@ from omniopd.errors import ConfigError, RunError
 
 FREE_ON_RESUME = frozenset(
     {"steps", "output", "trackers", "save_every", "keep_checkpoints", "record_every", "eval.every"}
+    | {"teacher.budget_usd", "teacher.max_attempts", "teacher.max_concurrency", "teacher.max_missing_fraction"}
+    | {"teacher.timeout_s"}
 )
 """Dotted keys that may differ between the first start of a run and its continuation."""
 

@@ -281,6 +281,7 @@ class Words:
     """A vocabulary of whole pieces, longest first; unknown text encodes to nothing."""
 
     end_id = 1
+    end_ids = frozenset({1})
     pieces = ("", "$", "", "the", "re", "for", "e", "fore", " the", "t", "h", " ", "f", "o", "r")
 
     def encode(self, text: str) -> list[int]:
@@ -356,6 +357,7 @@ class Bytes:
     """Token = byte + 3: every character outside ASCII is split."""
 
     end_id = 1
+    end_ids = frozenset({1})
 
     def encode(self, text: str) -> list[int]:
         return [byte + 3 for byte in text.encode()]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import asyncio
+import dataclasses
 import inspect
 import time
 from collections.abc import Sequence
@@ -18,6 +19,7 @@ from omniopd import loop
 from omniopd.checkpoint import Checkpoints
 from omniopd.loop import Run, train
 from omniopd.observers import PeriodicCheckpoint, PeriodicEvaluation, PromptFeedback, StepRecorder, peak_rss_mb
+from omniopd.prompts import FrontierPrompts, ShuffledPrompts
 from omniopd.run_folder import RunFolder
 from omniopd.teachers.metered import MeteredTeacher
 from omniopd.timing import StepTimer
@@ -188,18 +190,37 @@ def test_evaluation_is_no_part_of_the_next_step() -> None:
     assert "generate" not in found and found["step"] < 0.03
 
 
+STATELESS = ShuffledPrompts(prompts=(tiny.prompt(),), seed=0)
+
+
 def test_checkpoints_come_every_so_often_and_after_the_last_step(tmp_path: Path) -> None:
     checkpoints = Checkpoints(RunFolder(tmp_path), keep=9)
     states = iter(range(100))
-    saver = PeriodicCheckpoint(every=2, checkpoints=checkpoints, state=lambda: {"number": next(states)})
+    saver = PeriodicCheckpoint(
+        every=2, checkpoints=checkpoints, state=lambda: {"number": next(states)}, prompts=STATELESS
+    )
     watch(saver, 5)
     assert checkpoints.steps() == [2, 4, 5]
     assert (saver.completed, checkpoints.load(5)["number"]) == (5, 2)
 
 
+def test_a_checkpoint_holds_the_prompts_of_finished_steps_only(tmp_path: Path) -> None:
+    prompts = tuple(tiny.prompt(f"p{i}") for i in range(6))
+    source = FrontierPrompts(prompts=prompts, seed=3, floor=0.01)
+    source.observe([dataclasses.replace(tiny.rollout("1", of=p), is_correct=True) for p in prompts])
+    checkpoints = Checkpoints(RunFolder(tmp_path), keep=9)
+    saver = PeriodicCheckpoint(every=100, checkpoints=checkpoints, state=dict, prompts=source)
+    saver.after_step(update_of(3), [], StepContext(step=2, num_steps=9))
+    before = source.state_dict()
+    source.draw(3, 4)  # The next step draws, and is interrupted.
+    assert source.state_dict() != before
+    saver.save()
+    assert checkpoints.load(3)["prompts"] == before
+
+
 def test_a_stopped_run_saves_its_finished_steps(tmp_path: Path) -> None:
     checkpoints = Checkpoints(RunFolder(tmp_path), keep=9)
-    saver = PeriodicCheckpoint(every=100, checkpoints=checkpoints, state=dict)
+    saver = PeriodicCheckpoint(every=100, checkpoints=checkpoints, state=dict, prompts=STATELESS)
     saver.after_step(update_of(3), [], StepContext(step=2, num_steps=9))
     assert checkpoints.latest() is None
     saver.save()

@@ -192,6 +192,7 @@ class Vocabulary:
     """The tiny vocabulary, as credit sees a student's."""
 
     end_id = EOS
+    end_ids = frozenset({EOS})
 
     def encode(self, text: str) -> list[int]:
         return encode(text)

@@ -48,6 +48,8 @@ class Learner:
     ) -> None:
         self.policy = policy
         self.policy_version = 0
+        self.last_step = 0
+        """The step that the weights have seen last, counted from 1."""
         self._steps_without_signal = 0
         self._config = config
         self._max_steps_off_policy = max_steps_off_policy
@@ -91,6 +93,7 @@ class Learner:
             self.optimizer.step()
             self.scheduler.step()
         self.policy_version += 1
+        self.last_step = step
         metrics = {f"tokens/{name}": float(count) for name, count in normalizer.num_tokens.items() if count}
         metrics |= {f"loss/{name}": totals[name] for name, count in normalizer.num_tokens.items() if count}
         return Update(
@@ -122,6 +125,7 @@ class Learner:
             "optimizer": self.optimizer.state_dict(),
             "scheduler": self.scheduler.state_dict(),
             "policy_version": self.policy_version,
+            "last_step": self.last_step,
             "steps_without_signal": self._steps_without_signal,
         }
 
@@ -131,6 +135,7 @@ class Learner:
         self.optimizer.load_state_dict(state["optimizer"])
         self.scheduler.load_state_dict(state["scheduler"])
         self.policy_version = state["policy_version"]
+        self.last_step = state["last_step"]
         self._steps_without_signal = state["steps_without_signal"]
 
     def _skip(self, step: int, num_rollouts: int) -> Update:
@@ -141,6 +146,7 @@ class Learner:
                 f"step {step}: for {self._steps_without_signal} steps no rollout has carried a signal (the last had "
                 f"{num_rollouts}); look at the missing reasons and the filters in the records"
             )
+        self.last_step = step
         rate = float(self.scheduler.get_last_lr()[0])
         return Update(step=step, policy_version=self.policy_version, loss=0.0, grad_norm=0.0, learning_rate=rate)
 

@@ -97,6 +97,7 @@ class Policy(LanguageModel):
         if config.chat_template is not None:
             tokenizer.chat_template = read_chat_template(config.chat_template)
         model = load_model(config.model, device=config.device, dtype=str(stored).removeprefix("torch."))
+        _switch_off_dropout(model)
         if config.gradient_checkpointing:
             model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
         if config.lora is not None:
@@ -116,7 +117,9 @@ class Policy(LanguageModel):
             frozen = copy.deepcopy(self.model).requires_grad_(False).eval()
             frozen.gradient_checkpointing_disable()
             if self.compute_dtype == torch.bfloat16:
-                frozen = frozen.to(torch.bfloat16)
+                # Weights only: buffers such as rotary frequencies lose their positions in bfloat16.
+                for parameter in frozen.parameters():
+                    parameter.data = parameter.data.to(torch.bfloat16)
             self._reference = LanguageModel(frozen, compute_dtype=self.compute_dtype)
 
     @contextlib.contextmanager
@@ -176,6 +179,16 @@ def _with_adapters(model: PreTrainedModel, lora: LoraConfig, *, gradient_checkpo
         raise ConfigError(
             f"student.lora cannot be applied (target_modules {lora.target_modules!r}): {error}"
         ) from error
+
+
+def _switch_off_dropout(model: PreTrainedModel) -> None:
+    """Make training deterministic: the policy that is updated is the one that was sampled from."""
+    for module in model.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
+        for name in ("attention_dropout", "activation_dropout", "dropout"):
+            if isinstance(getattr(module, name, None), float):
+                setattr(module, name, 0.0)
 
 
 def load_frozen(name: str, *, device: str, dtype: str) -> LanguageModel:

@@ -24,8 +24,13 @@ class StudentVocabulary(Protocol):
         """The token that ends a completion."""
         ...
 
+    @property
+    def end_ids(self) -> frozenset[int]:
+        """All tokens that end a completion; some models have several."""
+        ...
+
     def encode(self, text: str) -> list[int]:
-        """Token ids of `text`, without special tokens."""
+        """Token ids of `text` as it would follow other text, without special tokens."""
         ...
 
 
@@ -172,16 +177,19 @@ class TeacherText:
         for position in range(chunk.start, chunk.end):
             here = rollout.char_starts[position] - origin
             piece = rollout.text_between(position, position + 1)
+            token_id = rollout.token_ids[position]
             shared = _same_character(rollout, position, vocabulary)
+            own = rollout.text[rollout.char_starts[position] :][:64]
+            is_canonical = not shared and vocabulary.encode(own)[:1] == [token_id]
             votes: Counter[int] = Counter()
             survivors = []
             for i in alive:
                 text, has_ended = continuations[i]
-                token = _next_token(text[here:], has_ended, piece, rollout.token_ids[position], shared, vocabulary)
+                token = _next_token(text[here:], has_ended, piece, token_id, shared, is_canonical, vocabulary)
                 if token is None:
                     continue
                 votes[token] += 1
-                if token == rollout.token_ids[position]:
+                if token == token_id:
                     survivors.append(i)
             if not votes:
                 break
@@ -223,7 +231,13 @@ def _joined(continuation: Continuation, student: str) -> str:
 
 
 def _next_token(
-    rest: str, has_ended: bool, piece: str, token_id: int, shared: tuple[int, ...], vocabulary: StudentVocabulary
+    rest: str,
+    has_ended: bool,
+    piece: str,
+    token_id: int,
+    shared: tuple[int, ...],
+    is_canonical: bool,
+    vocabulary: StudentVocabulary,
 ) -> int | None:
     """Return the student token with which a continuation goes on, None when it does not tell.
 
@@ -233,13 +247,19 @@ def _next_token(
         piece: the text of the student's own token at this place.
         token_id: its id.
         shared: the tokens before it that hold the first bytes of its character.
+        is_canonical: whether the student's tokenizer would write the student's text with that token. If so, a teacher
+            who goes on with a longer token that begins like it (" and" for " a") does not agree.
         vocabulary: of the student.
     """
     if not rest:
-        return vocabulary.end_id if has_ended and not shared else None
-    if piece and rest.startswith(piece):
+        if not has_ended or shared:
+            return None
+        return token_id if token_id in vocabulary.end_ids else vocabulary.end_id
+    if rest == piece:
         return token_id
     ids = vocabulary.encode(rest[:64])
+    if piece and rest.startswith(piece) and (not is_canonical or ids[:1] == [token_id]):
+        return token_id
     if tuple(ids[: len(shared)]) != shared:
         return None
     ids = ids[len(shared) :]

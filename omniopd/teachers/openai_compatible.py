@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from omniopd.errors import (
     ConfigError,
+    OmniOPDError,
     TeacherAuthError,
     TeacherConnectionError,
     TeacherError,
@@ -61,6 +62,12 @@ class _Flight:
     record: Record | None
     fatal: TeacherError | None = None
     """Once set, nothing more is sent; what is under way may still arrive and be recorded."""
+    is_unrecorded: bool = False
+    """An answer could not be written down. Nothing more is bought then."""
+
+    @property
+    def is_over(self) -> bool:
+        return self.fatal is not None or self.is_unrecorded
 
 
 @dataclass(frozen=True, slots=True)
@@ -223,7 +230,7 @@ class OpenAITeacher:
                 await _all(self._ask([ask], flight) for ask in group)
                 return
         deficit = [(ask, i) for ask in group for i in range(n) if i not in ask.samples]
-        if flight.fatal is None:
+        if not flight.is_over:
             await _all(self._send([ask], 1, i, flight) for ask, i in deficit)
 
     async def _send(self, group: list[_Ask], n: int, first: int, flight: _Flight) -> bool:
@@ -233,7 +240,7 @@ class OpenAITeacher:
         """
         session = self._session()
         async with session.slots:
-            if flight.fatal is not None:
+            if flight.is_over:
                 return False
             body = self._body(group, n, first)
             start = time.perf_counter()
@@ -276,7 +283,11 @@ class OpenAITeacher:
     ) -> None:
         seconds = time.perf_counter() - start
         if flight.record is not None:
-            flight.record([reply for _, reply in replies], usage, seconds)
+            try:
+                flight.record([reply for _, reply in replies], usage, seconds)
+            except OmniOPDError:
+                flight.is_unrecorded = True
+                raise
         for ask, reply in replies:
             ask.samples[reply.sample] = reply.continuation
         group[0].usage += usage
