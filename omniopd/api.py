@@ -10,6 +10,7 @@ Scoring calls the teacher, which may cost money; everything else here is free.
 from __future__ import annotations
 
 import asyncio
+import atexit
 import math
 import sys
 import threading
@@ -210,6 +211,7 @@ class ChunkRewarder:
             opened, self._opened = self._opened, None
         if thread is None:
             return
+        atexit.unregister(self.close)
         try:
             if opened is not None:
                 thread.run(opened.aclose())
@@ -226,6 +228,8 @@ class ChunkRewarder:
         with self._lock:
             if self._thread is None:
                 self._thread = _LoopThread()
+                # For those who neither close nor use `with`: connections left open complain when Python ends.
+                atexit.register(self.close)
             return self._thread
 
     def _open(self) -> Teacher:

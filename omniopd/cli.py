@@ -106,7 +106,7 @@ def _add_eval(subparsers: Subparsers) -> None:
     evaluate.add_argument("--data", required=True, metavar="FILE", help="problems with answers, as data.eval")
     evaluate.add_argument("-k", type=int, default=16, help="samples for each problem (default: %(default)s)")
     evaluate.add_argument("--temperature", type=float, default=1.0, help="default: %(default)s")
-    evaluate.add_argument("--max-tokens", type=int, default=1024, help="of each answer (default: %(default)s)")
+    evaluate.add_argument("--max-tokens", type=int, help="of each answer (default: 1024, or half of the context)")
     evaluate.add_argument("--num-problems", type=int, default=200, help="the first so many (default: %(default)s)")
     evaluate.add_argument(
         "--compare", metavar="RESULT|MODEL", help="another model, or the JSON of an earlier evaluation"

@@ -21,7 +21,7 @@ import numpy.typing as npt
 
 from omniopd.bootstrap import Interval, mean_interval, paired_bootstrap
 from omniopd.data import load_rows
-from omniopd.errors import ConfigError, DataError
+from omniopd.errors import ConfigError, DataError, RunError
 from omniopd.models import read_chat_template
 from omniopd.templates import build_prompts
 from omniopd.types import FinishReason, Prompt, Value
@@ -30,6 +30,7 @@ from omniopd.verify import Verifier, get_verifier
 if TYPE_CHECKING:
     from omniopd.generation import Sample, Sampler
 
+DEFAULT_MAX_TOKENS = 1024
 QUANTILES = (0.1, 0.5, 0.9)
 _BATCHES_PER_CALL = 4
 """How often progress is reported. Fewer would leave the decoder with many half-empty batches."""
@@ -299,7 +300,7 @@ def run_eval_command(
     *,
     k: int,
     temperature: float,
-    max_tokens: int,
+    max_tokens: int | None = None,
     num_problems: int,
     greedy: bool = True,
     compare_with: Path | None = None,
@@ -324,6 +325,8 @@ def run_eval_command(
     Args:
         model: A model folder, a Hugging Face name, or `mini-math:student|teacher`.
         data: As `load_rows` takes it; the first `num_problems` rows are used.
+        max_tokens: Length limit of an answer; None: that of the earlier result, else `DEFAULT_MAX_TOKENS`, or half of
+            a model's context when that is less. Prompts that then do not fit are left out and counted.
         compare_with: The result file of an earlier evaluation, or another model to evaluate the same way. It is the
             `before` of the comparison.
         output: Where to write the result, for a later `compare_with`.
@@ -341,12 +344,16 @@ def run_eval_command(
     if compare_with is not None and compare_with.is_file():
         # Checked before the model runs: a wrong file should not cost an evaluation.
         earlier = read_result(compare_with)
+        max_tokens = earlier.max_tokens if max_tokens is None else max_tokens
         _require_settings(earlier, k=k, temperature=temperature, top_p=top_p, max_tokens=max_tokens)
     template = None if chat_template is None else read_chat_template(chat_template)
+    limit = _default_max_tokens(model) if max_tokens is None else max_tokens
+    if output is not None:
+        _require_writable(output)
 
     def measure(name: str) -> tuple[EvalResult, int]:
         from omniopd.generation import load_sampler
-        from omniopd.models import resolve_model
+        from omniopd.models import resolve_model, room_for_prompts
 
         sampler = load_sampler(resolve_model(name), device=device, dtype=dtype)
         prompt_set = build_prompts(
@@ -354,7 +361,7 @@ def run_eval_command(
             sampler.tokenizer,
             prompt_template=prompt_template,
             system_prompt=system_prompt,
-            max_prompt_tokens=max_prompt_tokens,
+            max_prompt_tokens=room_for_prompts(sampler.model.config, limit, max_prompt_tokens),
             chat_template=template,
         )
         result = evaluate(
@@ -364,7 +371,7 @@ def run_eval_command(
             k=k,
             temperature=temperature,
             top_p=top_p,
-            max_tokens=max_tokens,
+            max_tokens=limit,
             seed=seed,
             batch_size=batch_size,
             greedy=greedy,
@@ -386,6 +393,29 @@ def run_eval_command(
     if output is not None:
         _write_json(output, report)
     return report
+
+
+def _default_max_tokens(model: str) -> int:
+    from transformers import AutoConfig
+
+    from omniopd.models import resolve_model
+
+    try:
+        config = AutoConfig.from_pretrained(resolve_model(model))
+    except (OSError, ValueError):
+        return DEFAULT_MAX_TOKENS  # Loading the model explains what is wrong with it.
+    context = getattr(config.get_text_config(), "max_position_embeddings", None)
+    return DEFAULT_MAX_TOKENS if context is None else min(DEFAULT_MAX_TOKENS, context // 2)
+
+
+def _require_writable(path: Path) -> None:
+    """Raise RunError now rather than after the whole evaluation."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with path.open("a"):
+            pass
+    except OSError as error:
+        raise RunError(f"cannot write the result to {path}: {error.strerror}; give another file") from error
 
 
 def read_result(path: Path) -> EvalResult:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 from omniopd.config import RunConfig
 from omniopd.errors import ConfigError
 from omniopd.method import Method
-from omniopd.models import resolve_model
+from omniopd.models import resolve_model, room_for_prompts
 from omniopd.run_folder import RunFolder
 from omniopd.teachers.metered import MeteredTeacher
 from omniopd.types import Prompt
@@ -54,6 +54,8 @@ def load_prompts(
     from omniopd.verify import get_verifier
 
     data = config.data
+    longest_answer = max(config.rollout.max_tokens, config.eval.max_tokens or 0 if data.eval is not None else 0)
+    room = room_for_prompts(policy.model.config, longest_answer, data.max_prompt_tokens)
 
     def prompts_of(source: str, split: str, limit: int | None) -> tuple[tuple[Prompt, ...], bool]:
         rows = load_rows(source, split=split, max_prompts=limit, on_bad_row=data.on_bad_row)
@@ -64,7 +66,7 @@ def load_prompts(
             policy.tokenizer,
             prompt_template=data.prompt_template,
             system_prompt=data.system_prompt,
-            max_prompt_tokens=data.max_prompt_tokens,
+            max_prompt_tokens=room,
         )
         left_out = f", {len(rows.skipped)} malformed rows skipped" if rows.skipped else ""
         left_out += f", {built.too_long} too long" if built.too_long else ""

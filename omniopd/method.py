@@ -176,6 +176,28 @@ def build_part(path: str, spec: Mapping[str, Any], table: Mapping[str, type[Any]
         raise ConfigError(_first_problem(path, error, known)) from error
 
 
+LOSS_TYPES: Mapping[str, tuple[str, ...]] = {
+    "pg": ("policy_gradient",),
+    "anchor": ("forward_kl",),
+    "kl": ("reverse_kl", "forward_kl"),
+    "ce": ("cross_entropy",),
+    "soft": ("cross_entropy",),
+}
+"""The losses of `omniopd.learner.losses` by stream, known here so that a run file is checked without loading torch."""
+
+
+def check_losses(losses: Mapping[str, Mapping[str, Any]]) -> None:
+    """Validate `learner.losses`. Raises ConfigError naming the key and what is allowed."""
+    for stream, settings in losses.items():
+        if stream not in LOSS_TYPES:
+            raise ConfigError(_unknown(f"learner.losses.{stream}", stream, LOSS_TYPES, what="stream"))
+        for key in settings:
+            if key != "type":
+                raise ConfigError(_unknown(f"learner.losses.{stream}.{key}", key, ["type"], what="setting"))
+        if settings.get("type") not in LOSS_TYPES[stream]:
+            raise ConfigError(_unknown(f"learner.losses.{stream}.type", settings.get("type"), LOSS_TYPES[stream]))
+
+
 def describe_part(part: Any) -> str:
     """Return a part as `name(setting=value, ...)`."""
     settings = ", ".join(f"{f.name}={getattr(part, f.name)!r}" for f in dataclasses.fields(part) if f.init)

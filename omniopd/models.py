@@ -10,7 +10,7 @@ from omniopd.errors import ConfigError
 
 if TYPE_CHECKING:
     import torch
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 
 def resolve_model(name: str) -> str:
@@ -39,6 +39,19 @@ def read_chat_template(path: str | Path) -> str:
         return file.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"cannot read the chat template {str(path)!r} (looked for {file.absolute()})") from error
+
+
+def room_for_prompts(config: PretrainedConfig, max_tokens: int, max_prompt_tokens: int) -> int:
+    """Return how long a prompt may be: `max_prompt_tokens`, or what the context leaves beside `max_tokens` new ones.
+
+    Raises ConfigError when it leaves nothing.
+    """
+    context: int | None = getattr(config.get_text_config(), "max_position_embeddings", None)
+    if context is None:
+        return max_prompt_tokens
+    if max_tokens >= context:
+        raise ConfigError(f"max_tokens is {max_tokens}, but the model's whole context has {context} tokens; lower it")
+    return min(max_prompt_tokens, context - max_tokens)
 
 
 def pick_device(device: str) -> torch.device:

@@ -20,11 +20,12 @@ from pydantic_core import ErrorDetails
 
 from omniopd.config import RunConfig
 from omniopd.errors import ConfigError
-from omniopd.method import build_method
+from omniopd.method import build_method, check_losses
 from omniopd.presets import PRESETS, check_preset
+from omniopd.prompts import check_sampler
 
 _PACKAGE = Path(__file__).resolve().parent
-_PART_KEY = re.compile(r"method(\.\w+|\[\d+\])+")
+_PART_KEY = re.compile(r"(?:method|learner|data)(\.\w+|\[\d+\])+")
 _OVERRIDE = re.compile(r"[A-Za-z_]\w*(\.\w+)*=", re.ASCII)
 
 Tree = dict[str, Any]
@@ -271,9 +272,11 @@ def _validate(merged: Tree, layers: Sequence[Layer]) -> RunConfig:
 
 
 def _check_parts(config: RunConfig, layers: Sequence[Layer]) -> None:
-    """Validate the parts of the method, which are free-form mappings to pydantic, and add where they were written."""
+    """Validate the parts, which are free-form mappings to pydantic, and add where they were written."""
     try:
         build_method(config.method)
+        check_losses(config.learner.losses)
+        check_sampler(config.data.sampler)
     except ConfigError as error:
         named = _PART_KEY.match(str(error))
         path = tuple(re.findall(r"\w+", named.group())) if named else ()

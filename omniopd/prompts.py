@@ -168,11 +168,8 @@ SAMPLERS: dict[str, Callable[..., PromptSource]] = {
 }
 
 
-def build_sampler(spec: Mapping[str, Any], prompts: Sequence[Prompt], seed: int) -> PromptSource:
-    """Make the prompt sampler that `data.sampler` names, e.g. `{type: frontier, floor: 0.2}`.
-
-    Raises ConfigError for an unknown type or key, naming the nearest, and for a value that is no number in range.
-    """
+def check_sampler(spec: Mapping[str, Any]) -> tuple[Callable[..., PromptSource], dict[str, Any]]:
+    """Return the sampler that `spec` names and its settings. Raises ConfigError as `build_sampler` does."""
     kind = spec.get("type")
     if not isinstance(kind, str) or kind not in SAMPLERS:
         raise ConfigError(f"data.sampler.type is {kind!r}; {_expected(str(kind), SAMPLERS)}")
@@ -182,10 +179,21 @@ def build_sampler(spec: Mapping[str, Any], prompts: Sequence[Prompt], seed: int)
     for key, value in settings.items():
         allowed = parameters - {"prompts", "seed"}
         if key not in allowed:
-            raise ConfigError(f"data.sampler has no key {key!r} for type {kind!r}; {_expected(key, allowed)}")
+            raise ConfigError(
+                f"data.sampler has no key {key!r} for type {kind!r}; {_expected(key, allowed | {'type'})}"
+            )
         if isinstance(value, bool) or not isinstance(value, int | float):
             raise ConfigError(f"data.sampler.{key} is {value!r}; expected a number")
-    if "seed" in parameters:
+    return sampler, settings
+
+
+def build_sampler(spec: Mapping[str, Any], prompts: Sequence[Prompt], seed: int) -> PromptSource:
+    """Make the prompt sampler that `data.sampler` names, e.g. `{type: frontier, floor: 0.2}`.
+
+    Raises ConfigError for an unknown type or key, naming the nearest, and for a value that is no number in range.
+    """
+    sampler, settings = check_sampler(spec)
+    if "seed" in inspect.signature(sampler).parameters:
         settings["seed"] = seed
     return sampler(prompts=tuple(prompts), **settings)
 

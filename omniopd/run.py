@@ -209,7 +209,9 @@ class _Session:
 
     async def _try_teacher(self, teacher: MeteredTeacher, prompt: Prompt) -> None:
         """Ask for one short answer before anything long begins. Raises TeacherError when the teacher cannot serve."""
-        request = ContinuationRequest(messages=prompt.messages, prefix="", n=1, max_tokens=TRIAL_TOKENS, seed=0)
+        # A seed of its own each time: an answer that the ledger remembers would tell nothing about the teacher today.
+        seed = int(time.time()) & 0x7FFFFFFF
+        request = ContinuationRequest(messages=prompt.messages, prefix="", n=1, max_tokens=TRIAL_TOKENS, seed=seed)
         try:
             (answer,) = await teacher.continuations([request])
         finally:

@@ -17,8 +17,8 @@ from typing import Any, NoReturn
 
 from omniopd.api import ChunkRewarder, ChunkRewards, as_messages, progress_bar
 from omniopd.chunking import num_words
-from omniopd.errors import ConfigError, DataError
-from omniopd.types import Usage, Value
+from omniopd.errors import ConfigError, DataError, RunError, TeacherConnectionError
+from omniopd.types import Missing, Usage, Value
 
 ROWS_PER_BATCH = 32
 """Rows scored, written and flushed together: what a crash can cost."""
@@ -64,7 +64,8 @@ def score_file(
         DataError: a row that cannot be used, named by file and line; an output that belongs to another input or was
             scored with other settings.
         ConfigError: `output` is `input`.
-        TeacherError: as the teacher raises it; what was done until then is kept.
+        TeacherError: as the teacher raises it, or because it failed on a whole batch; what was done until then is kept.
+        RunError: the output cannot be written.
     """
     started = time.monotonic()
     if input.resolve() == output.resolve():
@@ -75,14 +76,20 @@ def score_file(
     if done:
         _check_settings(settings, rewarder)
     scored: list[ChunkRewards] = []
-    output.parent.mkdir(parents=True, exist_ok=True)
-    settings.write_text(json.dumps(rewarder.settings, indent=1) + "\n", encoding="utf-8")
+    try:
+        output.parent.mkdir(parents=True, exist_ok=True)
+        with output.open("a", encoding="utf-8"):
+            pass
+        settings.write_text(json.dumps(rewarder.settings, indent=1) + "\n", encoding="utf-8")
+    except OSError as error:
+        raise RunError(f"cannot write {output}: {error.strerror}; give another output file") from error
     with (
         output.open("a" if done else "w", encoding="utf-8", newline="\n") as sink,
         progress_bar("scoring rows", len(rows), show=progress, done=done) as advance,
     ):
         for batch in _batches(rows[done:]):
             rewards = _score_batch(rewarder, batch)
+            _check_outage(rewards, output)
             for row, row_rewards in zip(batch, rewards, strict=True):
                 sink.write(_line({**row, "chunks": _chunk_objects(row_rewards)}))
             sink.flush()
@@ -106,6 +113,17 @@ def _score_batch(rewarder: ChunkRewarder, rows: Sequence[Mapping[str, Any]]) -> 
     """Score rows that all have entropies or all have none."""
     entropies = [row["entropies"] for row in rows] if _has_entropies(rows[0]) else None
     return rewarder.score([row["prompt"] for row in rows], [row["response"] for row in rows], entropies=entropies)
+
+
+def _check_outage(rewards: Sequence[ChunkRewards], output: Path) -> None:
+    """Stop when the teacher answered nothing at all: rows on file as failed would not be asked again."""
+    chunks = [chunk for row in rewards for chunk in row.chunks]
+    if chunks and all(chunk.missing in (Missing.FAILED, Missing.TIMEOUT) for chunk in chunks):
+        raise TeacherConnectionError(
+            f"the teacher failed on all {len(chunks)} chunks of {len(rewards)} rows in a row, the first with: "
+            f"{chunks[0].detail or 'no detail'}; the rows before are kept in {output}, run the "
+            "same command again to go on"
+        )
 
 
 def _batches(rows: Sequence[dict[str, Any]]) -> list[list[dict[str, Any]]]:

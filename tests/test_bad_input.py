@@ -141,3 +141,16 @@ def test_disk_that_is_full_during_a_checkpoint_keeps_the_run_resumable(tmp_path:
     )
     assert again.returncode == 0, again.stderr
     assert (tmp_path / "run" / "final" / "model.safetensors").is_file()
+
+
+def test_prompts_that_do_not_fit_the_context_are_left_out_and_counted(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    data = tmp_path / "questions.jsonl"
+    rows = [{"prompt": "12+13", "answer": 25}, {"prompt": "12+13" * 50, "answer": 25}]
+    data.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert train(tmp_path, f"data.train={data}", "data.verifier=mini-math", "method.supervision={type: verifier}") == 0
+    assert "1 prompts, 1 too long" in message(capsys)
+    assert main(["eval", "mini-math:student", "--data", str(data), "-k", "1", "--num-problems", "2"]) == 0
+    assert train(tmp_path / "other", "rollout.max_tokens=300", "method.supervision={type: verifier}") == 2
+    assert "max_tokens is 300, but the model's whole context has 256 tokens" in message(capsys)

@@ -10,9 +10,11 @@ import pytest
 from omniopd.chunking import EntropyChunker, UniformChunker
 from omniopd.config import MethodConfig
 from omniopd.errors import ConfigError
+from omniopd.learner.losses import LOSSES
 from omniopd.method import (
     CHUNKERS,
     CREDITS,
+    LOSS_TYPES,
     TRANSFORMS,
     ChunkedSettings,
     ImitationSettings,
@@ -21,6 +23,7 @@ from omniopd.method import (
     VerifierSettings,
     build_method,
     build_part,
+    check_losses,
     describe_part,
 )
 from omniopd.signals.credit import CenteredTarget, RawAgreement, SmoothedTarget, TeacherText
@@ -206,3 +209,15 @@ def test_parts_with_factories_need_nothing() -> None:
     assert describe_part(part) == "Part(names=['a'])"
     with pytest.raises(ConfigError, match=r"x\.hidden: there is no setting of part 'hidden'"):
         build_part("x", {"type": "part", "hidden": 4}, {"part": Part})
+
+
+def test_losses_of_the_run_file_are_those_of_the_learner() -> None:
+    assert {stream: tuple(table) for stream, table in LOSSES.items()} == dict(LOSS_TYPES)
+    check_losses({"kl": {"type": "forward_kl"}})
+    for losses, told in (
+        ({"kll": {"type": "reverse_kl"}}, "did you mean 'kl'"),
+        ({"kl": {"typ": "reverse_kl"}}, "did you mean 'type'"),
+        ({"kl": {"type": "revers_kl"}}, "did you mean 'reverse_kl'"),
+    ):
+        with pytest.raises(ConfigError, match=told):
+            check_losses(losses)

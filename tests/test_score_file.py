@@ -10,7 +10,7 @@ import pytest
 
 from omniopd import score_file as module
 from omniopd.api import ChunkRewarder
-from omniopd.errors import ConfigError, DataError, TeacherConnectionError
+from omniopd.errors import ConfigError, DataError, RunError, TeacherConnectionError
 from omniopd.score_file import ScoreSummary, score_file
 from omniopd.teachers.base import ContinuationRequest, TeacherAnswer
 from omniopd.types import Continuation, Missing, Usage
@@ -267,3 +267,30 @@ def test_going_on_with_other_settings_is_refused_and_names_them(tmp_path: Path) 
         assert output.read_bytes() == before
         score_file(source, output, other, resume=False, progress=False)
     assert output.read_bytes() != before
+
+
+def test_an_outage_stops_before_rows_are_filed_as_failed(tmp_path: Path) -> None:
+    class Broken(CountingTeacher):
+        def _one(self, request: ContinuationRequest) -> Continuation:
+            return Continuation(text=None, missing=Missing.FAILED, detail="HTTP 500")
+
+    source, output = _write(tmp_path / "in.jsonl", _ROWS), tmp_path / "out.jsonl"
+    with (
+        ChunkRewarder(teacher=Broken()) as rewarder,
+        pytest.raises(TeacherConnectionError, match=r"failed on all 2 chunks of 3 rows .*4 failed.* again to go on"),
+    ):
+        score_file(source, output, rewarder, progress=False)
+    assert output.read_bytes() == b""
+    with ChunkRewarder(teacher=CountingTeacher()) as rewarder:
+        assert score_file(source, output, rewarder, progress=False).rows_resumed == 0
+
+
+def test_an_output_that_cannot_be_written_is_named_before_the_teacher_is_asked(tmp_path: Path) -> None:
+    source = _write(tmp_path / "in.jsonl", _ROWS)
+    (tmp_path / "file").write_text("")
+    (tmp_path / "folder").mkdir()
+    teacher = CountingTeacher()
+    for output in (tmp_path / "folder", tmp_path / "file" / "out.jsonl"):
+        with ChunkRewarder(teacher=teacher) as rewarder, pytest.raises((RunError, DataError), match="cannot"):
+            score_file(source, output, rewarder, resume=False, progress=False)
+    assert teacher.calls == 0

@@ -433,3 +433,20 @@ def test_embedding_without_the_package_or_the_model_is_explained(
     monkeypatch.setitem(sys.modules, "sentence_transformers", None)
     with pytest.raises(MissingExtraError, match=r"pip install 'omniopd\[similarity\]'"):
         get_similarity("embedding:other")("a", "b")
+
+
+@pytest.mark.parametrize(
+    ("one", "other"),
+    [
+        (r"\frac{-1}{2}", "-0.5"),
+        (r"\frac{1}{-2}", "-0.5"),
+        (r"\frac{-3}{-4}", "0.75"),
+        (r"\boxed{\frac{-3}{4}}", r"\boxed{-\frac{3}{4}}"),
+        (r"\frac{1,200}{7}", "1200/7"),
+        (r"\frac{1{,}200}{7}", "1200/7"),
+    ],
+)
+def test_latex_fractions_with_signs_and_separators(one: str, other: str) -> None:
+    numbers = get_similarity("numbers")
+    assert numbers(one, other) == numbers(other, one) == 1.0
+    assert numbers(one, "8") == 0.0

@@ -108,7 +108,9 @@ _CHARACTERS = str.maketrans(
     }
 )
 _DECIMAL = r"(?:[0-9]+(?:\.[0-9]+)?|\.[0-9]+)"
-_FRAC = re.compile(rf"\\[dtc]?frac\s*(?:\{{\s*({_DECIMAL})\s*\}}|([0-9]))\s*(?:\{{\s*({_DECIMAL})\s*\}}|([0-9]))")
+_GROUPED = r"[0-9]{1,3}(?:(?:,|\{,\})[0-9]{3})+(?:\.[0-9]+)?"
+_SIDE = rf"(?:\{{\s*([-+]?)\s*({_GROUPED}|{_DECIMAL})\s*\}}|([0-9]))"
+_FRAC = re.compile(rf"\\[dtc]?frac\s*{_SIDE}\s*{_SIDE}")
 _REWRITES = (
     (re.compile(r"(?<=[0-9])\s+percent\b|\\%"), "%"),
     (re.compile(r"(?<=[0-9])(?:\{,\}|\\[,!])(?=[0-9])"), ","),
@@ -121,11 +123,18 @@ _REWRITES = (
 _COMMAND = re.compile(r"\\([a-zA-Z]+)")
 
 
+def _slashed(fraction: re.Match[str]) -> str:
+    """Write a LaTeX fraction of two numbers with a slash, its sign in front."""
+    top_sign, top, top_digit, bottom_sign, bottom, bottom_digit = fraction.groups()
+    sides = [number.replace("{,}", "").replace(",", "") for number in (top or top_digit, bottom or bottom_digit)]
+    return ("-" if (top_sign == "-") != (bottom_sign == "-") else "") + "/".join(sides)
+
+
 def _plain(text: str) -> str:
     """Rewrite LaTeX and Unicode mathematics in ASCII, as far as `_tokens` needs it."""
     text = text.translate(_CHARACTERS)
     text = re.sub(r"(?<=[0-9A-Za-z])(?=\\[dtc]?frac)", " ", text)
-    text = _FRAC.sub(lambda m: f"{m[1] or m[2]}/{m[3] or m[4]}", text)
+    text = _FRAC.sub(_slashed, text)
     for pattern, replacement in _REWRITES:
         text = pattern.sub(replacement, text)
     return _COMMAND.sub(lambda m: _COMMANDS.get(m[1], m[0]), text)
