@@ -25,15 +25,13 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+from omniopd.presets import PRESETS
+
 RESULTS = Path(__file__).parent / "results"
 PAPER: dict[str, Any] = {
-    "type": "chunked",
+    **PRESETS["paper"]["method"]["supervision"],
     "chunker": {"type": "entropy", "chunk_tokens": 8, "max_chunks": 3},
     "num_continuations": 4,
-    "similarity": "edit",
-    "align": False,
-    "credit": {"type": "smoothed", "alpha": 1.0},
-    "anchor_beta": 0.1,
 }
 """The `paper` preset with M, N and C scaled to answers of 25 tokens, at the same teacher tokens as the quickstart."""
 

@@ -398,13 +398,13 @@ def run_eval_command(
 def _default_max_tokens(model: str) -> int:
     from transformers import AutoConfig
 
-    from omniopd.models import resolve_model
+    from omniopd.models import context_length, resolve_model
 
     try:
         config = AutoConfig.from_pretrained(resolve_model(model))
     except (OSError, ValueError):
         return DEFAULT_MAX_TOKENS  # Loading the model explains what is wrong with it.
-    context = getattr(config.get_text_config(), "max_position_embeddings", None)
+    context = context_length(config)
     return DEFAULT_MAX_TOKENS if context is None else min(DEFAULT_MAX_TOKENS, context // 2)
 
 

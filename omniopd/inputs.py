@@ -33,15 +33,13 @@ def check_teacher(config: RunConfig, method: Method) -> None:
         if config.teacher.spec != served:
             raise ConfigError(
                 f"teacher.serve starts a server for {config.teacher.serve!r}, which answers to teacher.spec "
-                f"{served!r}, but "
-                f"teacher.spec is {config.teacher.spec!r}; use {served} or leave teacher.serve out"
+                f"{served!r}, but teacher.spec is {config.teacher.spec!r}; use {served} or leave teacher.serve out"
             )
     if method.needs_text_teacher and is_weights:
         model = config.teacher.spec.removeprefix("hf:")
         raise ConfigError(
             f"teacher.spec {config.teacher.spec!r} loads weights, and this method asks for text; use "
-            f"teacher.serve={model} "
-            f"with teacher.spec=local:{Path(model).name}, or method.supervision.type=logprob"
+            f"teacher.serve={model} with teacher.spec=local:{Path(model).name}, or method.supervision.type=logprob"
         )
 
 
@@ -132,7 +130,7 @@ def load_teacher_weights(config: RunConfig, method: Method, policy: Policy) -> L
     if strangers:
         raise ConfigError(
             f"{len(strangers):,} of the student's {len(ours):,} tokens, e.g. {strangers[0]!r}, have another id or "
-            "none in the "
-            f"vocabulary of {name!r}: the logit path needs one vocabulary; use method.supervision.type: chunked"
+            f"none in the vocabulary of {name!r}: the logit path needs one vocabulary; use "
+            "method.supervision.type: chunked"
         )
     return load_frozen(name, device=config.student.device, dtype=config.student.dtype)

@@ -41,12 +41,18 @@ def read_chat_template(path: str | Path) -> str:
         raise ConfigError(f"cannot read the chat template {str(path)!r} (looked for {file.absolute()})") from error
 
 
+def context_length(config: PretrainedConfig) -> int | None:
+    """Return how many tokens a model can hold at once, None when its config does not say."""
+    context: int | None = getattr(config.get_text_config(), "max_position_embeddings", None)
+    return context
+
+
 def room_for_prompts(config: PretrainedConfig, max_tokens: int, max_prompt_tokens: int) -> int:
     """Return how long a prompt may be: `max_prompt_tokens`, or what the context leaves beside `max_tokens` new ones.
 
     Raises ConfigError when it leaves nothing.
     """
-    context: int | None = getattr(config.get_text_config(), "max_position_embeddings", None)
+    context = context_length(config)
     if context is None:
         return max_prompt_tokens
     if max_tokens >= context:
