@@ -11,21 +11,25 @@ from __future__ import annotations
 
 import asyncio
 import atexit
-import math
-import sys
 import threading
-from collections.abc import Callable, Coroutine, Iterator, Mapping, Sequence
-from concurrent.futures import Future
-from contextlib import contextmanager
+from collections.abc import AsyncGenerator, Callable, Generator, Iterator, Mapping, Sequence
+from contextlib import ExitStack, aclosing, contextmanager
 from dataclasses import dataclass, field
-from typing import Any, Self, TypeVar
+from functools import partial
+from typing import Any, Self
 
-from omniopd.chunking import num_words, peak_words, select_chunks, tile_words
-from omniopd.errors import ConfigError, TeacherResponseError
+from omniopd.chunking import select_chunks
+from omniopd.concurrency import LoopThread, in_order
+from omniopd.errors import ConfigError
+from omniopd.progress import counting
+from omniopd.responses import Conversation, Response, completion_text, cut_responses
+from omniopd.rewards import ChunkRewards, ScoredChunk, scored_chunk
 from omniopd.scoring.chunk_score import ChunkScorer, smoothed_target
 from omniopd.scoring.similarity import AnySimilarity, as_similarity, get_similarity
-from omniopd.teachers.base import ContinuationRequest, Teacher, TeacherAnswer
-from omniopd.types import Chunk, ChunkScore, Message, Missing, TeacherContinuations, Usage, Value
+from omniopd.teachers.asked_once import AskedOnce
+from omniopd.teachers.base import ContinuationRequest, Teacher
+from omniopd.teachers.shaping import lasting_spec, shaping_options
+from omniopd.types import ChunkScore, TeacherContinuations, Usage
 
 __all__ = [
     "ChunkRewarder",
@@ -37,51 +41,19 @@ __all__ = [
     "smoothed_target",
 ]
 
-R = TypeVar("R")
-
-Conversation = str | Sequence[Mapping[str, Any] | Message]
-"""A prompt: text, which is one user message, or chat messages."""
-
 RewardFunction = Callable[..., list[float | None]]
 
-_REQUESTS_PER_CALL = 256
-"""Requests handed to the teacher at once; the teacher limits its own concurrency."""
+Tell = Callable[[str, int, int], None]
+"""Told what is counted, how many are done, and of how many."""
+
 _TOKENS_PER_WORD = 4
 """Room for the numbers and LaTeX of a worked solution; prose needs 1.3."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class ScoredChunk(Value):
-    """A span of a response and how far the teacher agrees with it."""
-
-    start: int
-    end: int
-    """Half-open character range [start, end) of the response."""
-    text: str
-    score: float | None
-    """In [0, 1]; None when too little of the teacher's text was usable."""
-    num_continuations: int
-    """How many continuations the score rests on."""
-    missing: Missing | None = None
-    """Why there is no score."""
-    detail: str = ""
-    continuations: tuple[str, ...] = ()
-    """What the teacher wrote instead, as far as usable."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class ChunkRewards(Value):
-    """All chunks of one response, in the order of the text."""
-
-    chunks: tuple[ScoredChunk, ...]
-    usage: Usage = field(default_factory=Usage)
-    """What this response cost. A request that several responses share is counted with the first."""
-
-    @property
-    def reward(self) -> float | None:
-        """The mean of the scores there are; None without any."""
-        scores = [chunk.score for chunk in self.chunks if chunk.score is not None]
-        return math.fsum(scores) / len(scores) if scores else None
+_RESPONSES_PER_SLOT = 4
+"""Responses under way for each request that the teacher may have under way: some wait for one slow answer."""
+_MOST_AHEAD = 16
+"""Times the responses under way: how many may be finished while one before them is not."""
+_DEFAULT_CONCURRENCY = 16
+"""Of `open_teacher`."""
 
 
 @dataclass(kw_only=True, eq=False)
@@ -91,6 +63,10 @@ class ChunkRewarder:
     `score` may be called anywhere, also inside a running event loop; `ascore` awaits. A teacher named by a spec is
     opened at the first call, kept, and closed by `close()` or `with`. A teacher object stays yours to close; `score`
     awaits it on a thread that this object keeps until closed, `ascore` on your loop.
+
+    Responses are worked on side by side, four for each request that the teacher may have under way
+    (`teacher_options["max_concurrency"]`, 16). A prefix that several responses of a call share is asked once. With
+    `teacher_options={"batch": True}` the whole call goes to the batch endpoint in one piece.
 
     Source: arXiv:2606.01476 section 3. Differs: chunks are counted in words, since plain text has no student tokens,
     and the prior is one number, since it has no student probabilities.
@@ -122,9 +98,11 @@ class ChunkRewarder:
     """Read when `alpha` is above 0."""
     seed: int | None = 0
     """Sent to the teacher, which may ignore it."""
-    _thread: _LoopThread | None = field(default=None, init=False, repr=False)
+    _thread: LoopThread | None = field(default=None, init=False, repr=False)
     _opened: Teacher | None = field(default=None, init=False, repr=False)
     _lock: threading.Lock = field(default_factory=threading.Lock, init=False, repr=False)
+    _tell: Tell = field(default=lambda what, done, total: None, init=False, repr=False)
+    """For the call that waits for a batch."""
 
     def __post_init__(self) -> None:
         self._scorer = ChunkScorer(similarity=self.similarity, min_continuations=self.min_continuations)
@@ -149,11 +127,15 @@ class ChunkRewarder:
 
     @property
     def settings(self) -> dict[str, str | int | float | None]:
-        """All that shapes a score, as plain values: two rewarders with equal settings are interchangeable."""
-        options = {f"teacher_options.{name}": str(value) for name, value in sorted(self.teacher_options.items())}
+        """All that shapes a score, as plain values: two rewarders with equal settings are interchangeable.
+
+        Where the answers are kept, what they may cost and how fast they come is no part of it, nor is the port of a
+        server on this machine.
+        """
+        options = shaping_options(self.teacher_options) if isinstance(self.teacher, str) else {}
         return {
-            "teacher": self.teacher if isinstance(self.teacher, str) else self.teacher.id,
-            **options,
+            "teacher": lasting_spec(self.teacher) if isinstance(self.teacher, str) else self.teacher.id,
+            **{f"teacher_options.{name}": value for name, value in options.items()},
             "similarity": as_similarity(self.similarity).name,
             "num_continuations": self.num_continuations,
             "chunk_words": self.chunk_words,
@@ -170,7 +152,7 @@ class ChunkRewarder:
         prompts: Sequence[Conversation],
         responses: Sequence[str],
         *,
-        entropies: Sequence[Sequence[float]] | None = None,
+        entropies: Sequence[Sequence[float] | None] | None = None,
         progress: bool = False,
     ) -> list[ChunkRewards]:
         """Score every response, in order. Spends money at a paid teacher.
@@ -179,30 +161,62 @@ class ChunkRewarder:
             prompts: One for each response.
             responses: Finished texts. One without a word has no chunk and the reward None.
             entropies: For each response one number for each whitespace-separated word, on any scale; chunks then
-                start at the highest, do not overlap, and need `chunk_words` words. Without them, chunks cover the text.
-            progress: Draw a bar on a terminal.
+                start at the highest, do not overlap, and need `chunk_words` words. Without them, or where they are
+                None, chunks cover the text.
+            progress: Draw a bar on a terminal; elsewhere write a line now and then, to standard error.
 
         Raises:
             ConfigError: lengths that do not match, or a prompt that is neither text nor messages.
-            TeacherError: as the teacher raises it; single failed continuations do not raise.
+            TeacherError: as the teacher raises it; single failed continuations do not raise. A ledger
+                (`teacher_options["ledger"]`) has what was answered until then.
         """
-        jobs = self._jobs(prompts, responses, entropies)
-        return self._own_thread().run(self._score(jobs, progress=progress))
+        jobs = self._cut(prompts, responses, entropies)
+        with progress_display(show=progress) as tell:
+            return self._own_thread().run(self._score(jobs, tell))
 
     async def ascore(
         self,
         prompts: Sequence[Conversation],
         responses: Sequence[str],
         *,
-        entropies: Sequence[Sequence[float]] | None = None,
+        entropies: Sequence[Sequence[float] | None] | None = None,
         progress: bool = False,
     ) -> list[ChunkRewards]:
         """Do what `score` does, without blocking the event loop."""
-        scoring = self._score(self._jobs(prompts, responses, entropies), progress=progress)
-        if isinstance(self.teacher, str):
-            # One opened teacher serves both `score` and `ascore`, and its connections belong to one loop.
-            return await asyncio.wrap_future(self._own_thread().submit(scoring))
-        return await scoring
+        jobs = self._cut(prompts, responses, entropies)
+        with progress_display(show=progress) as tell:
+            if isinstance(self.teacher, str):
+                # One opened teacher serves both `score` and `ascore`, and its connections belong to one loop.
+                return await asyncio.wrap_future(self._own_thread().submit(self._score(jobs, tell)))
+            return await self._score(jobs, tell)
+
+    def stream(
+        self,
+        prompts: Sequence[Conversation],
+        responses: Sequence[str],
+        *,
+        entropies: Sequence[Sequence[float] | None] | None = None,
+        tell: Tell = lambda what, done, total: None,
+    ) -> Generator[list[ChunkRewards]]:
+        """Yield what `score` returns piece by piece: in order, each time all that is ready.
+
+        A response whose answers are slow delays what is yielded, not the work on those after it. Whatever is raised
+        comes after the rewards of all responses before the one that failed. Leaving the loop early cancels the rest.
+
+        Args:
+            tell: Called from another thread as responses are finished, in whatever order.
+        """
+        thread = self._own_thread()
+        groups = self._stream(self._cut(prompts, responses, entropies), tell)
+
+        async def following() -> list[ChunkRewards] | None:
+            return await anext(groups, None)
+
+        try:
+            while (group := thread.run(following())) is not None:
+                yield group
+        finally:
+            thread.run(_close(groups))
 
     def close(self) -> None:
         """Close what was opened. Safe to call twice; scoring again opens anew."""
@@ -224,10 +238,10 @@ class ChunkRewarder:
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    def _own_thread(self) -> _LoopThread:
+    def _own_thread(self) -> LoopThread:
         with self._lock:
             if self._thread is None:
-                self._thread = _LoopThread()
+                self._thread = LoopThread("omniopd-teacher")
                 # For those who neither close nor use `with`: connections left open complain when Python ends.
                 atexit.register(self.close)
             return self._thread
@@ -239,104 +253,91 @@ class ChunkRewarder:
             if self._opened is None:
                 from omniopd.teachers.resolve import open_teacher
 
-                self._opened = open_teacher(self.teacher, **self.teacher_options)
+                options = dict(self.teacher_options)
+                if self._asks_at_once:
+                    options["progress"] = lambda done, total: self._tell("answers of the batch", done, total)
+                self._opened = open_teacher(self.teacher, **options)
             return self._opened
 
-    def _jobs(
+    @property
+    def _asks_at_once(self) -> bool:
+        return isinstance(self.teacher, str) and bool(self.teacher_options.get("batch"))
+
+    def _cut(
         self,
         prompts: Sequence[Conversation],
         responses: Sequence[str],
-        entropies: Sequence[Sequence[float]] | None,
-    ) -> list[_Job]:
+        entropies: Sequence[Sequence[float] | None] | None,
+    ) -> list[Response]:
         """Check the input and cut the chunks, before any money is spent."""
-        for name, value in (("prompts", prompts), ("responses", responses)):
-            if isinstance(value, str):
-                raise ConfigError(f"{name} is a text; expected a list with one entry for each response")
-        if len(prompts) != len(responses):
-            raise ConfigError(f"{len(prompts)} prompts for {len(responses)} responses; expected as many of both")
-        if entropies is not None and len(entropies) != len(responses):
-            raise ConfigError(f"{len(entropies)} lists of entropies for {len(responses)} responses; expected one each")
-        per_response = [None] * len(responses) if entropies is None else list(entropies)
+        return cut_responses(prompts, responses, entropies, chunk_words=self.chunk_words, max_chunks=self.max_chunks)
+
+    def _requests(self, response: Response) -> list[ContinuationRequest]:
         return [
-            _Job(messages=as_messages(prompt), chunks=self._chunks(number, response, ranking))
-            for number, (prompt, response, ranking) in enumerate(zip(prompts, responses, per_response, strict=True))
+            ContinuationRequest(
+                messages=response.messages,
+                prefix=response.text[:start],
+                n=self.num_continuations,
+                max_tokens=self.max_tokens or _TOKENS_PER_WORD * self.chunk_words,
+                seed=self.seed,
+            )
+            for start, _ in response.spans
         ]
 
-    def _chunks(self, number: int, response: str, entropies: Sequence[float] | None) -> tuple[Chunk, ...]:
-        if not isinstance(response, str):
-            raise ConfigError(f"response {number} is {type(response).__name__}; expected text")
-        if entropies is None:
-            spans = _spread(tile_words(response, words_per_chunk=self.chunk_words), self.max_chunks)
-        else:
-            most = self.max_chunks or max(1, num_words(response))
-            try:
-                spans = peak_words(response, entropies, words_per_chunk=self.chunk_words, max_chunks=most)
-            except ConfigError as error:
-                raise ConfigError(f"response {number}: {error}") from error
-        return tuple(
-            Chunk(
-                rollout_id=str(number),
-                index=index,
-                start=start,
-                end=end,
-                prefix=response[:start],
-                text=response[start:end],
-            )
-            for index, (start, end) in enumerate(spans)
-        )
+    async def _score(self, responses: Sequence[Response], tell: Tell) -> list[ChunkRewards]:
+        async with aclosing(self._stream(responses, tell)) as groups:
+            return [rewards async for group in groups for rewards in group]
 
-    def _request(self, job: _Job, chunk: Chunk) -> ContinuationRequest:
-        return ContinuationRequest(
-            messages=job.messages,
-            prefix=chunk.prefix,
-            n=self.num_continuations,
-            max_tokens=self.max_tokens or _TOKENS_PER_WORD * self.chunk_words,
-            seed=self.seed,
-        )
-
-    async def _score(self, jobs: Sequence[_Job], *, progress: bool) -> list[ChunkRewards]:
-        asked = [(job, chunk, self._request(job, chunk)) for job in jobs for chunk in job.chunks]
-        # Responses that share a prompt and a prefix (every first chunk does) share the request.
-        requests = list(dict.fromkeys(request for _, _, request in asked))
-        if not requests:
-            return [ChunkRewards(chunks=()) for _ in jobs]
+    async def _stream(self, responses: Sequence[Response], tell: Tell) -> AsyncGenerator[list[ChunkRewards]]:
+        if not any(response.spans for response in responses):
+            if responses:
+                yield [ChunkRewards(chunks=()) for _ in responses]
+            return
         teacher = self._open()
-        answers = await _ask(teacher, requests, progress=progress)
-        unbilled = dict(answers)
-        evidence = [
-            TeacherContinuations(
-                chunk=chunk,
-                continuations=answers[request].continuations,
-                teacher_id=teacher.id,
-                usage=paid.usage if (paid := unbilled.pop(request, None)) else Usage(),
-                seconds=answers[request].seconds,
-            )
-            for _, chunk, request in asked
-        ]
-        # In a thread: a model may score, and the event loop has other work.
-        scores = iter(zip(evidence, await asyncio.to_thread(self._scorer.score, evidence), strict=True))
-        return [self._rewards([next(scores) for _ in job.chunks]) for job in jobs]
+        asked = AskedOnce(teacher, (request for response in responses for request in self._requests(response)))
+        if self._asks_at_once:
+            self._tell = tell
+            await asked.ask(request for response in responses for request in self._requests(response))
+        one_by_one = asyncio.Lock()
+        done = 0
+
+        async def reward(response: Response) -> ChunkRewards:
+            nonlocal done
+            answers = await asked.answers(self._requests(response))
+            evidence = [
+                TeacherContinuations(
+                    chunk=chunk,
+                    continuations=answer.continuations,
+                    teacher_id=teacher.id,
+                    usage=answer.usage,
+                    seconds=answer.seconds,
+                )
+                for chunk, answer in zip(response.chunks, answers, strict=True)
+            ]
+            async with one_by_one:
+                # In a thread: a model may score, and the event loop has other work.
+                scores = await asyncio.to_thread(self._scorer.score, evidence) if evidence else []
+            done += 1
+            tell("responses", done, len(responses))
+            return self._rewards(list(zip(evidence, scores, strict=True)))
+
+        slots = int(self.teacher_options.get("max_concurrency") or _DEFAULT_CONCURRENCY)
+        most = _RESPONSES_PER_SLOT * slots
+        jobs = (partial(reward, response) for response in responses)
+        async with aclosing(in_order(jobs, most_running=most, most_ahead=_MOST_AHEAD * most)) as groups:
+            async for group in groups:
+                yield group
 
     def _rewards(self, scored: Sequence[tuple[TeacherContinuations, ChunkScore]]) -> ChunkRewards:
         return ChunkRewards(
-            chunks=tuple(self._scored_chunk(evidence, score) for evidence, score in scored),
+            chunks=tuple(scored_chunk(evidence, score, self._value(score)) for evidence, score in scored),
             usage=sum((evidence.usage for evidence, _ in scored), Usage()),
         )
 
-    def _scored_chunk(self, evidence: TeacherContinuations, score: ChunkScore) -> ScoredChunk:
-        value = score.value
-        if value is not None:
-            value = smoothed_target(score.evidence, score.num_continuations, self.prior, alpha=self.alpha)
-        return ScoredChunk(
-            start=score.chunk.start,
-            end=score.chunk.end,
-            text=score.chunk.text,
-            score=value,
-            num_continuations=score.num_continuations,
-            missing=score.missing,
-            detail=score.detail,
-            continuations=evidence.texts,
-        )
+    def _value(self, score: ChunkScore) -> float | None:
+        if score.value is None:
+            return None
+        return smoothed_target(score.evidence, score.num_continuations, self.prior, alpha=self.alpha)
 
 
 def as_reward_func(
@@ -360,7 +361,7 @@ def as_reward_func(
         rewarder = ChunkRewarder(teacher=teacher, **options)
 
     def reward(prompts: Sequence[Conversation], completions: Sequence[Any], **_: Any) -> list[float | None]:
-        responses = [_completion_text(number, completion) for number, completion in enumerate(completions)]
+        responses = [completion_text(number, completion) for number, completion in enumerate(completions)]
         return [rewards.reward for rewards in rewarder.score(prompts, responses)]
 
     # Trainers read the name of a reward from its function.
@@ -368,106 +369,30 @@ def as_reward_func(
     return reward
 
 
-def as_messages(prompt: Conversation) -> tuple[Message, ...]:
-    """Return the chat messages of a prompt. Raises ConfigError for anything but text and messages with text."""
-    if isinstance(prompt, str):
-        return (Message(role="user", content=prompt),)
-    if not isinstance(prompt, Sequence) or not prompt:  # callers hand over what a file or a trainer held
-        raise ConfigError(f"prompt is {prompt!r}; expected text or a list of messages that is not empty")
-    return tuple(_message(turn) for turn in prompt)
-
-
-def _message(turn: object) -> Message:
-    if isinstance(turn, Message):
-        return turn
-    if isinstance(turn, Mapping):
-        role, content = turn.get("role"), turn.get("content")
-        if isinstance(role, str) and isinstance(content, str):
-            return Message(role=role, content=content)
-    raise ConfigError(f"a message is {turn!r}; expected {{'role': 'user', 'content': 'some text'}}")
-
-
-def _completion_text(number: int, completion: Any) -> str:
-    if isinstance(completion, str):
-        return completion
-    messages = as_messages(completion)
-    if len(messages) != 1:
-        raise ConfigError(f"completion {number} has {len(messages)} messages; expected one assistant message")
-    return messages[0].content
-
-
-def _spread(spans: list[tuple[int, int]], most: int | None) -> list[tuple[int, int]]:
-    """Keep at most that many spans, evenly over the text, the middle one of each equal share."""
-    if most is None or len(spans) <= most:
-        return spans
-    return [spans[(2 * i + 1) * len(spans) // (2 * most)] for i in range(most)]
-
-
-async def _ask(
-    teacher: Teacher, requests: Sequence[ContinuationRequest], *, progress: bool
-) -> dict[ContinuationRequest, TeacherAnswer]:
-    answers: dict[ContinuationRequest, TeacherAnswer] = {}
-    with progress_bar("asking the teacher", len(requests), show=progress) as advance:
-        for first in range(0, len(requests), _REQUESTS_PER_CALL):
-            batch = requests[first : first + _REQUESTS_PER_CALL]
-            got = await teacher.continuations(batch)
-            if len(got) != len(batch):
-                raise TeacherResponseError(f"teacher {teacher.id} gave {len(got)} answers to {len(batch)} requests")
-            answers.update(zip(batch, got, strict=True))
-            advance(len(batch))
-    return answers
-
-
 @contextmanager
-def progress_bar(description: str, total: int, *, show: bool, done: int = 0) -> Iterator[Callable[[int], None]]:
-    """Draw a bar on standard error when it is a terminal and `show` is set; yields what to call with each advance."""
-    if not (show and sys.stderr.isatty()):
-        yield lambda _: None
+def progress_display(*, show: bool, done_before: int = 0) -> Iterator[Tell]:
+    """Show the counts it is told, on standard error; `done_before` is added to those of responses."""
+    if not show:
+        yield lambda what, done, total: None
         return
-    from rich.console import Console
-    from rich.progress import Progress
+    shown, shown_done = "", 0
+    with ExitStack() as stack:
+        advance: Callable[[int], None]
 
-    with Progress(console=Console(stderr=True)) as bar:
-        task = bar.add_task(description, total=total, completed=done)
-        yield lambda count: bar.advance(task, count)
+        def tell(what: str, done: int, total: int) -> None:
+            nonlocal advance, shown, shown_done
+            if what == "responses":
+                done, total = done + done_before, total + done_before
+            if what != shown:
+                stack.close()
+                advance = stack.enter_context(counting(total, what))
+                shown, shown_done = what, 0
+            if done > shown_done:
+                advance(done - shown_done)
+                shown_done = done
+
+        yield tell
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class _Job:
-    """One response, ready to be asked about."""
-
-    messages: tuple[Message, ...]
-    chunks: tuple[Chunk, ...]
-
-
-class _LoopThread:
-    """An event loop on a thread of its own, so that synchronous callers can await, whatever loop they run in.
-
-    It outlives single calls because the connections of a teacher belong to the loop they were opened on.
-    """
-
-    def __init__(self) -> None:
-        self._loop = asyncio.new_event_loop()
-        self._thread = threading.Thread(target=self._serve, name="omniopd-teacher", daemon=True)
-        self._thread.start()
-
-    def _serve(self) -> None:
-        try:
-            self._loop.run_forever()
-        finally:
-            self._loop.close()
-
-    def submit(self, work: Coroutine[Any, Any, R]) -> Future[R]:
-        return asyncio.run_coroutine_threadsafe(work, self._loop)
-
-    def run(self, work: Coroutine[Any, Any, R]) -> R:
-        future = self.submit(work)
-        try:
-            return future.result()
-        finally:
-            # After an interrupt the work must not go on spending.
-            future.cancel()
-
-    def stop(self) -> None:
-        self._loop.call_soon_threadsafe(self._loop.stop)
-        self._thread.join()
+async def _close(groups: AsyncGenerator[list[ChunkRewards]]) -> None:
+    await groups.aclose()

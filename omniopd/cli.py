@@ -46,6 +46,9 @@ goes on where it was.
 """
 
 
+_TAKES_SETTINGS = ("train", "estimate")
+
+
 class _Parser(argparse.ArgumentParser):
     """Takes no abbreviated options and points to the settings when an option is not known."""
 
@@ -69,22 +72,20 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=f"omniopd {__version__}")
     subparsers = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
     _add_train(subparsers)
+    _add_estimate(subparsers)
     _add_eval(subparsers)
     _add_score(subparsers)
     _add_report(subparsers)
     _add_serve(subparsers)
     _add_teachers(subparsers)
+    _add_cache(subparsers)
     _add_configs(subparsers)
     return parser
 
 
 def _add_train(subparsers: Subparsers) -> None:
     train = subparsers.add_parser("train", help="train a student", description="Train a student.\n\n" + _TRAIN)
-    train.add_argument("settings", nargs="*", metavar="FILE|key.path=value", help="run files and single settings")
-    train.add_argument("--teacher", metavar="SPEC", help=_SPEC)
-    train.add_argument("--student", metavar="NAME", help="a local folder or a Hugging Face name (student.model)")
-    train.add_argument("--data", metavar="FILE", help="prompts: .jsonl, .json, .parquet or hf:NAME (data.train)")
-    train.add_argument("--run-name", metavar="NAME", help="name of the run folder (name)")
+    _add_run(train)
     train.add_argument(
         "--dry-run",
         action="store_true",
@@ -94,6 +95,45 @@ def _add_train(subparsers: Subparsers) -> None:
     existing.add_argument("--resume", action="store_true", help="continue from the newest checkpoint of the run folder")
     existing.add_argument("--overwrite", action="store_true", help="delete an existing run folder first")
     train.set_defaults(run=commands.train)
+
+
+def _add_run(parser: argparse.ArgumentParser) -> None:
+    """What names a run, for the commands that take one."""
+    parser.add_argument("settings", nargs="*", metavar="FILE|key.path=value", help="run files and single settings")
+    parser.add_argument("--teacher", metavar="SPEC", help=_SPEC)
+    parser.add_argument("--student", metavar="NAME", help="a local folder or a Hugging Face name (student.model)")
+    parser.add_argument("--data", metavar="FILE", help="prompts: .jsonl, .json, .parquet or hf:NAME (data.train)")
+    parser.add_argument("--run-name", metavar="NAME", help="name of the run folder (name)")
+
+
+def _add_estimate(subparsers: Subparsers) -> None:
+    estimate = subparsers.add_parser(
+        "estimate",
+        help="what a run would ask and cost, before anything is spent",
+        description="Calls, tokens, USD and time of a run, each as a range. Sends nothing.",
+    )
+    _add_run(estimate)
+    estimate.set_defaults(run=commands.estimate)
+
+
+def _add_cache(subparsers: Subparsers) -> None:
+    cache = subparsers.add_parser(
+        "cache",
+        help="look into a ledger of paid answers",
+        description="The ledger keeps every paid answer and every bill; nothing in it is asked again.",
+    )
+    actions = cache.add_subparsers(dest="action", metavar="ACTION", required=True)
+    stats = actions.add_parser("stats", help="what it holds and what it cost")
+    collect = actions.add_parser("gc", help="delete answers; bills stay")
+    export = actions.add_parser("export", help="write all answers as JSON lines")
+    for action, run in ((stats, commands.cache_stats), (collect, commands.cache_gc), (export, commands.cache_export)):
+        action.add_argument("ledger", type=Path, metavar="LEDGER|RUN", help="a ledger file or a run folder")
+        action.set_defaults(run=run)
+    collect.add_argument("--older-than-days", type=float, metavar="DAYS", help="answers bought before that")
+    collect.add_argument("--teacher", metavar="ID", help="answers of one teacher, e.g. openai:gpt-4o")
+    collect.add_argument("--unusable", action="store_true", help="answers without usable text; they may be asked again")
+    collect.add_argument("--dry-run", action="store_true", help="only say what would be deleted")
+    export.add_argument("-o", "--output", type=Path, required=True, metavar="OUT.jsonl")
 
 
 def _add_eval(subparsers: Subparsers) -> None:
@@ -140,6 +180,12 @@ def _add_score(subparsers: Subparsers) -> None:
     score.add_argument("--tokenizer", type=Path, metavar="FOLDER", help="the teacher's, for --continuation completions")
     score.add_argument("--ledger", type=Path, metavar="FILE", help="keep answers here; asking again costs nothing")
     score.add_argument("--budget-usd", type=float, help="stop before this is exceeded; needs a known price")
+    score.add_argument("--budget-tokens", type=int, help="stop before so many are read and written")
+    score.add_argument("--budget-calls", type=int, help="stop before so many HTTP requests")
+    score.add_argument("--max-concurrency", type=int, default=16, help="requests under way (default: %(default)s)")
+    score.add_argument(
+        "--batch", action="store_true", help="ask at the half-price endpoint, which may take a day; needs --ledger"
+    )
     score.add_argument("--overwrite", action="store_true", help="start afresh instead of going on with OUT.jsonl")
     score.set_defaults(run=commands.score)
 
@@ -148,7 +194,7 @@ def _add_continuation(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--continuation",
         default="auto",
-        choices=("auto", "completions", "prefill", "chat"),
+        choices=("auto", "tokens", "completions", "prefill", "chat", "chat-turn", "structured"),
         help="how a partial answer is handed over (default: what the teacher's card says)",
     )
 
@@ -191,9 +237,12 @@ def _add_teachers(subparsers: Subparsers) -> None:
     show = actions.add_parser("show", help="one card")
     show.add_argument("name", metavar="NAME")
     show.set_defaults(run=commands.teachers_show)
-    check = actions.add_parser("check", help="send one small request; costs a fraction of a cent")
+    check = actions.add_parser("check", help="ask a few short questions and say what the teacher really does")
     check.add_argument("spec", metavar="SPEC", help=_SPEC)
     _add_continuation(check)
+    check.add_argument("--tokenizer", type=Path, metavar="FOLDER", help="the teacher's, to try raw prompts too")
+    check.add_argument("--temperature", type=float, default=1.0, help="default: %(default)s")
+    check.add_argument("--extra-body", metavar="YAML", help="fields for every request, e.g. '{reasoning_effort: none}'")
     check.set_defaults(run=commands.teachers_check)
 
 
@@ -209,14 +258,14 @@ def _add_configs(subparsers: Subparsers) -> None:
 
 
 def parse(words: Sequence[str]) -> argparse.Namespace:
-    """Parse the command line. `train` may mix options, files and settings in any order."""
+    """Parse the command line. `train` and `estimate` may mix options, files and settings in any order."""
     parser = build_parser()
     args, rest = parser.parse_known_args(words)
     # argparse stops collecting positional words at the first option that follows one.
-    is_setting = args.command == "train" and not any(word.startswith("-") for word in rest)
+    is_setting = args.command in _TAKES_SETTINGS and not any(word.startswith("-") for word in rest)
     if rest and not is_setting:
         unknown = next((word for word in rest if word.startswith("-")), rest[0])
-        hint = "; settings are written key.path=value, without dashes" if args.command == "train" else ""
+        hint = "; settings are written key.path=value, without dashes" if args.command in _TAKES_SETTINGS else ""
         parser.error(f"{args.command}: unknown argument {unknown!r}{hint}")
     if rest:
         args.settings += rest

@@ -3,18 +3,16 @@
 from __future__ import annotations
 
 import argparse
-import asyncio
 import sys
-import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from omniopd.errors import DataError
+from omniopd.errors import ConfigError, DataError
 
 if TYPE_CHECKING:
     from omniopd.score_file import ScoreSummary
-    from omniopd.teachers.base import TeacherAnswer
+    from omniopd.teachers.cache import Stats
 
 
 def train(args: argparse.Namespace) -> int:
@@ -29,8 +27,8 @@ def train(args: argparse.Namespace) -> int:
 
         print(dry_run(config))
         return 0
-    from omniopd.dry_run import spending_notice
     from omniopd.run import run_training
+    from omniopd.spending import spending_notice
 
     if notice := spending_notice(config):
         print(notice, file=sys.stderr)
@@ -121,6 +119,8 @@ def score(args: argparse.Namespace) -> int:
 
     options: dict[str, Any] = {"continuation": args.continuation, "temperature": args.temperature}
     options |= {"ledger": args.ledger, "budget_usd": args.budget_usd, "tokenizer_path": args.tokenizer}
+    options |= {"budget_tokens": args.budget_tokens, "budget_calls": args.budget_calls, "batch": args.batch}
+    options |= {"max_concurrency": args.max_concurrency}
     with ChunkRewarder(
         teacher=args.teacher,
         teacher_options=options,
@@ -188,8 +188,11 @@ def teachers_list(args: argparse.Namespace) -> int:
     width = max(len(card.id) for card in cards)
     for card in cards:
         key = f"key from {card.api_key_env}" if card.api_key_env else "no key"
-        price = f"prices of {card.price.as_of}" if card.price else "prices unknown"
-        print(f"{card.id:<{width}}  {card.continuation:<11}  {card.base_url or '-':<34}  {key}; {price}")
+        if card.price:
+            price = f"prices of {card.price.as_of}"
+        else:
+            price = "prices from litellm's table, if installed" if card.price_table else "prices unknown"
+        print(f"{card.id:<{width}}  {card.can.continuations[0]:<11}  {card.base_url or '-':<48}  {key}; {price}")
     return 0
 
 
@@ -204,53 +207,119 @@ def teachers_show(args: argparse.Namespace) -> int:
     return 0
 
 
-CHECK_MESSAGES = (("user", "Count from 1 to 20, one number a line."),)
-CHECK_PREFIX = "1\n2\n3\n4\n"
-
-
 def teachers_check(args: argparse.Namespace) -> int:
-    """Send one small request and print what came back."""
-    from omniopd.teachers.base import ContinuationRequest
-    from omniopd.teachers.resolve import open_teacher
-    from omniopd.types import Message
+    """Probe a teacher in every way that is possible and print what it does."""
+    from omniopd.inputs import check_text_teacher
+    from omniopd.teachers.probe import describe_probe
 
-    request = ContinuationRequest(
-        messages=tuple(Message(role=role, content=content) for role, content in CHECK_MESSAGES),
-        prefix=CHECK_PREFIX,
-        n=2,
-        max_tokens=12,
+    result = check_text_teacher(
+        args.spec,
+        continuation=args.continuation,
+        tokenizer=args.tokenizer,
+        temperature=args.temperature,
+        extra_body=_mapping(args.extra_body, "--extra-body"),
     )
-
-    async def ask() -> TeacherAnswer:
-        teacher = open_teacher(args.spec, continuation=args.continuation, max_attempts=2)
-        try:
-            return (await teacher.continuations([request]))[0]
-        finally:
-            await teacher.aclose()
-
-    started = time.perf_counter()
-    answer = asyncio.run(ask())
-    print(describe_check(answer, prefix=CHECK_PREFIX, seconds=time.perf_counter() - started))
-    return 0 if any(c.text is not None for c in answer.continuations) else 1
+    print(describe_probe(result))
+    return 0 if result.chosen else 1
 
 
-def describe_check(answer: TeacherAnswer, *, prefix: str, seconds: float) -> str:
-    """Return what a teacher made of the check, for a person."""
+def _mapping(text: str | None, flag: str) -> dict[str, Any] | None:
+    import yaml
+
+    if text is None:
+        return None
+    try:
+        value = yaml.safe_load(text)
+    except yaml.YAMLError:
+        value = None
+    if not isinstance(value, dict):
+        raise ConfigError(f"{flag} is no mapping; expected e.g. {flag} '{{reasoning_effort: none}}'")
+    return value
+
+
+def estimate(args: argparse.Namespace) -> int:
+    """Print what a run would ask of its teacher and what that costs."""
+    from omniopd.dry_run import estimate as estimate_config
+    from omniopd.overrides import is_override, load_config
+
+    files = [word for word in args.settings if not is_override(word)]
+    words = [word for word in args.settings if is_override(word)]
+    print(estimate_config(load_config(files, words, flags=_train_flags(args))))
+    return 0
+
+
+def cache_stats(args: argparse.Namespace) -> int:
+    """Print what a ledger holds and what it cost."""
+    from omniopd.teachers.cache import stats
+
+    print(describe_ledger(stats(ledger_file(args.ledger))))
+    return 0
+
+
+def describe_ledger(held: Stats) -> str:
+    """Return what a ledger holds, for a person."""
     from omniopd.progress import format_usd
 
-    lines = [f"given     {prefix!r}"]
-    for continuation in answer.continuations:
-        if continuation.text is not None:
-            note = f"   ({continuation.detail})" if continuation.detail else ""
-            lines.append(f"went on   {continuation.text!r}{note}")
-        else:
-            lines.append(f"missing   {continuation.missing}: {continuation.detail}")
-    usage = answer.usage
-    lines.append(
-        f"{usage.requests} requests, {usage.input_tokens} tokens in, {usage.output_tokens} out, {seconds:.2f} s, "
-        f"cost {format_usd(usage.cost_usd)}"
-    )
+    spent = held.spent
+    reasons = ", ".join(f"{count:,} {reason}" for reason, count in held.by_reason)
+    lines = [
+        f"{held.path}, {held.size_bytes / 2**20:.1f} MiB",
+        f"{held.samples:,} samples of {held.keys:,} requests{': ' + reasons if reasons else ''}",
+        f"{held.calls:,} calls, {spent.input_tokens:,} tokens in ({spent.cached_input_tokens:,} from the provider's "
+        f"cache), {spent.output_tokens:,} out ({spent.reasoning_tokens:,} of them hidden thinking), cost "
+        f"{format_usd(spent.cost_usd) if spent.requests else '$0.00'}",
+    ]
+    if spent.unanswered_requests:
+        lines.append(
+            f"{spent.unanswered_requests:,} requests were never answered and may have been billed: at most "
+            f"{format_usd(held.possible_usd)}, {held.possible_tokens:,} tokens"
+        )
+    if held.in_flight:
+        lines.append(f"{held.in_flight:,} requests are under way")
+    lines += [
+        f"  {one.teacher}: {one.samples:,} samples, {one.calls:,} calls, {format_usd(one.cost_usd)}"
+        for one in held.teachers
+    ]
     return "\n".join(lines)
+
+
+def cache_gc(args: argparse.Namespace) -> int:
+    """Delete samples from a ledger; bills stay."""
+    from omniopd.teachers.cache import gc
+
+    if args.older_than_days is None and args.teacher is None and not args.unusable:
+        raise ConfigError(
+            "nothing says what to delete; give --older-than-days DAYS, --teacher ID, --unusable, or several of them"
+        )
+    done = gc(
+        ledger_file(args.ledger),
+        older_than_days=args.older_than_days,
+        teacher=args.teacher,
+        unusable=args.unusable,
+        dry_run=args.dry_run,
+    )
+    would = "would be deleted" if done.is_dry_run else f"deleted, {done.freed_bytes / 2**20:.1f} MiB freed"
+    print(f"{done.samples:,} samples {would}; {done.kept:,} stay, and so do all bills")
+    return 0
+
+
+def cache_export(args: argparse.Namespace) -> int:
+    """Write every sample of a ledger as a line of JSON."""
+    from omniopd.teachers.cache import export
+
+    done = export(ledger_file(args.ledger), args.output)
+    print(f"{done.samples:,} samples of {done.calls:,} calls\n{done.path}")
+    return 0
+
+
+def ledger_file(path: Path) -> Path:
+    """Return the ledger that a path names: the file itself, or the one in a run folder. Raises ConfigError."""
+    from omniopd.run_folder import RunFolder
+
+    file = RunFolder(path).ledger if path.is_dir() else path
+    if not file.is_file():
+        raise ConfigError(f"there is no ledger at {file}; give a ledger file or the folder of a run")
+    return file
 
 
 def configs_list(args: argparse.Namespace) -> int:

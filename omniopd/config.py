@@ -49,19 +49,34 @@ class TeacherConfig(Section):
     """`provider:model[@base_url]`"""
     serve: str | None = None
     """Start `omniopd serve` on this model folder for the length of the run and ask that."""
-    continuation: Literal["auto", "completions", "prefill", "chat"] = "auto"
-    """How the student's prefix is handed over; `auto` takes the card's word."""
+    continuation: Literal["auto", "tokens", "completions", "prefill", "chat", "chat-turn", "structured"] = "auto"
+    """How the student's prefix is handed over; `auto` takes the first way on the card that the probe finds good."""
+    probe: bool = True
+    """Ask a few fixed questions first, once a day for each teacher, and write what came of it into the run."""
     tokenizer: str | None = None
-    """The teacher's tokenizer (a folder or a name): its chat template writes raw prompts for `completions`."""
+    """The teacher's tokenizer (a folder or a name): its chat template writes raw prompts for `completions`, and where
+    it is the student's own, token ids can be handed over."""
     temperature: float | None = Field(default=1.0, ge=0)
     """None leaves it to the server."""
     top_p: float | None = Field(default=None, gt=0, le=1)
     max_concurrency: int = Field(default=16, ge=1)
+    """Requests under way at most; fewer while the server asks to slow down."""
+    requests_per_minute: int | None = Field(default=None, ge=1)
+    """The stricter of this and the card's holds."""
+    tokens_per_minute: int | None = Field(default=None, ge=1)
     timeout_s: float = Field(default=60.0, gt=0)
-    """For one request."""
+    """For one attempt."""
+    deadline_s: float = Field(default=300.0, gt=0)
+    """For one request with all its attempts and waits; then its samples are missing."""
     max_attempts: int = Field(default=5, ge=1)
     budget_usd: float | None = Field(default=None, gt=0)
     """Stop before this is exceeded. Needs a known price."""
+    budget_tokens: int | None = Field(default=None, ge=1)
+    """Of input and output."""
+    budget_calls: int | None = Field(default=None, ge=1)
+    """HTTP requests."""
+    price: dict[str, float] | None = None
+    """Instead of the card's: `{input_usd_per_mtok: ..., output_usd_per_mtok: ...}`."""
     max_missing_fraction: float = Field(default=0.5, ge=0, le=1)
     """Stop the run when a larger share of the continuations of a step is unusable."""
     extra_body: dict[str, Any] = Field(default_factory=dict)

@@ -6,7 +6,6 @@ Reads the run file's data and, where it lies on this machine, the student's toke
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -15,16 +14,16 @@ import yaml
 from omniopd.config import RunConfig
 from omniopd.data import Dataset, Row, load_rows
 from omniopd.errors import ConfigError
+from omniopd.estimate import chunk_shape
 from omniopd.inputs import check_teacher
 from omniopd.method import ChunkedSettings, Method, build_method, describe_part
-from omniopd.models import load_tokenizer, read_chat_template, resolve_model
-from omniopd.progress import format_usd
+from omniopd.models import load_tokenizer, read_chat_template, reads_alike, resolve_model
 from omniopd.prompts import build_sampler
 from omniopd.run_folder import RunFolder
-from omniopd.teachers.cards import ModelPrice, Transport, find_card
+from omniopd.spending import ASSUMED_PROMPT_TOKENS, CHARACTERS_PER_TOKEN, describe_calls, instruction_tokens
+from omniopd.teachers.cards import Transport
 from omniopd.teachers.continuation import continuation_messages, sent_prefix
-from omniopd.teachers.resolve import is_card_host, load_render, pick_transport
-from omniopd.teachers.spec import parse_spec
+from omniopd.teachers.resolve import LOCAL_DIALECTS, find_target, load_render, pick_transport
 from omniopd.templates import apply_prompt_options, build_prompts, preview
 from omniopd.types import Message, Prompt
 from omniopd.verify import resolve_verifier
@@ -34,36 +33,7 @@ if TYPE_CHECKING:
 
 SAMPLE_PROMPTS = 64
 """So many prompts are rendered to measure their length."""
-CHARACTERS_PER_TOKEN = 4
-"""A rough figure for English text, where no tokenizer is at hand."""
-ASSUMED_PROMPT_TOKENS = 200
-"""Where the data is not at hand either."""
 PLACEHOLDER = "[what the student wrote before the chunk]"
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Calls:
-    """Teacher calls as upper bounds; tokens counted as the student's tokenizer would."""
-
-    requests: int
-    continuations: int
-    output_tokens: int
-    input_tokens: tuple[int, int]
-    """Chunks as early as they can lie, and as late."""
-
-    def times(self, factor: int) -> Calls:
-        low, high = self.input_tokens
-        return Calls(
-            requests=self.requests * factor,
-            continuations=self.continuations * factor,
-            output_tokens=self.output_tokens * factor,
-            input_tokens=(low * factor, high * factor),
-        )
-
-    def cost_usd(self, price: ModelPrice) -> tuple[float, float]:
-        """Return the cost at the lower and the higher input."""
-        low, high = self.input_tokens
-        return price.cost_usd(low, self.output_tokens), price.cost_usd(high, self.output_tokens)
 
 
 def dry_run(config: RunConfig) -> str:
@@ -105,53 +75,6 @@ def describe_method(config: RunConfig, method: Method) -> str:
     )
 
 
-def estimate_calls(config: RunConfig, method: Method, *, prompt_tokens: int, paid_per_sample: bool) -> Calls | None:
-    """Bound the teacher calls of one step; None when the method asks for no text.
-
-    Args:
-        config: The run.
-        method: Its parts.
-        prompt_tokens: Mean length of what is sent besides the student's text.
-        paid_per_sample: The server has no `n`, so every sample pays for its prompt.
-    """
-    if not method.needs_text_teacher:
-        return None
-    rollouts = config.rollout.prompts_per_step * config.rollout.group_size
-    settings = method.supervision
-    if not isinstance(settings, ChunkedSettings):
-        requests = config.rollout.prompts_per_step
-        sent = prompt_tokens * (rollouts if paid_per_sample else requests)
-        return Calls(
-            requests=rollouts if paid_per_sample else requests,
-            continuations=rollouts,
-            output_tokens=rollouts * config.rollout.max_tokens,
-            input_tokens=(sent, sent),
-        )
-    size, most = _chunk_shape(method)
-    longest = config.rollout.max_tokens
-    chunks = min(most, longest // size)
-    if chunks == 0:
-        raise ConfigError(
-            f"nothing could be audited: method.supervision.chunker.chunk_tokens is {size}, but rollout.max_tokens is "
-            f"{longest}; expected chunks no longer than a rollout"
-        )
-    # m disjoint chunks of C tokens start on average at (m - 1) C / 2 when they open the rollout, and T - m C later
-    # when they close it.
-    earliest = (chunks - 1) * size / 2
-    latest = earliest + longest - chunks * size
-    audits = rollouts * chunks
-    copies = settings.num_continuations if paid_per_sample else 1
-    return Calls(
-        requests=audits * copies,
-        continuations=audits * settings.num_continuations,
-        output_tokens=audits * settings.num_continuations * (settings.continuation_tokens or size),
-        input_tokens=(
-            round(audits * copies * (prompt_tokens + earliest)),
-            round(audits * copies * (prompt_tokens + latest)),
-        ),
-    )
-
-
 def find_tokenizer(model: str) -> PreTrainedTokenizerBase | None:
     """Load a tokenizer from a folder or the local hub cache; None when it is not on this machine."""
     if Path(resolve_model(model)).is_dir():
@@ -165,11 +88,6 @@ def find_tokenizer(model: str) -> PreTrainedTokenizerBase | None:
     except (OSError, ValueError):
         return None
     return tokenizer
-
-
-def _chunk_shape(method: Method) -> tuple[int, int]:
-    """Return C and M of the chunker."""
-    return int(getattr(method.chunker, "chunk_tokens", 1)), int(getattr(method.chunker, "max_chunks", 1))
 
 
 def _read_data(config: RunConfig) -> Dataset | None:
@@ -259,7 +177,7 @@ def _teacher_prompt(config: RunConfig, method: Method, messages: Sequence[Messag
     """Show what the teacher is sent for one chunk, in the way its card or the run file says."""
     if not isinstance(method.supervision, ChunkedSettings):
         return ["The teacher reads (messages):", _indented(_turns(messages))]
-    size, _ = _chunk_shape(method)
+    size, _ = chunk_shape(method)
     transport = _transport(config)
     if transport == "chat":
         asked = continuation_messages(messages, PLACEHOLDER, max_tokens=method.supervision.continuation_tokens or size)
@@ -284,96 +202,38 @@ def _teacher_prompt(config: RunConfig, method: Method, messages: Sequence[Messag
 
 
 def _transport(config: RunConfig) -> Transport:
-    spec = parse_spec(config.teacher.spec)
-    card = find_card(spec.provider)
-    if card.dialect == "echo":
-        # The stand-in has no wire: it takes the messages and the open answer as they are.
+    target = find_target(config.teacher.spec, price=config.teacher.price)
+    if target.card.dialect in LOCAL_DIALECTS:
+        # A stand-in has no wire: it takes the messages and the open answer as they are.
         return "prefill"
+    tokenizer = config.teacher.tokenizer or config.teacher.serve
+    may_share = tokenizer is not None and "tokens" in target.card.can.continuations
     return pick_transport(
-        card,
+        target.card,
         config.teacher.continuation,
-        has_tokenizer=(config.teacher.tokenizer or config.teacher.serve) is not None,
-        is_card_host=is_card_host(spec, card),
+        has_tokenizer=tokenizer is not None,
+        shares_vocabulary=may_share and reads_alike(config.student.model, str(tokenizer)),
+        is_card_host=target.is_card_host,
     )
 
 
-def _describe_calls(config: RunConfig, method: Method, dataset: Dataset | None, prompts: Sequence[Prompt]) -> str:
-    if not method.needs_text_teacher:
-        return "none: this method asks for no text"
-    price = _price(config)
-    sent = _prompt_tokens(dataset, prompts) + _instruction_tokens(config, method)
-    has_n = find_card(parse_spec(config.teacher.spec).provider).can.n
-    step = estimate_calls(config, method, prompt_tokens=sent, paid_per_sample=not has_n)
-    assert step is not None
-    total = step.times(config.steps)
-    rows = [
-        ("", "a step", f"{config.steps} steps"),
-        ("requests", f"{step.requests:,}", f"{total.requests:,}"),
-        ("continuations", f"{step.continuations:,}", f"{total.continuations:,}"),
-        ("output tokens", f"{step.output_tokens:,}", f"{total.output_tokens:,}"),
-        ("input tokens", _range(step.input_tokens), _range(total.input_tokens)),
-    ]
-    notes = [
-        f"A request without the student's text has about {sent} tokens"
-        f"{' (assumed: the data is not at hand)' if dataset is None else ''}. The range of the input is chunks early "
-        "or late in a full-length rollout; shared prefixes, batched prompts and shorter rollouts need fewer."
-    ]
-    budget = config.teacher.budget_usd
-    if price is None:
-        notes.append(
-            f"The price of {config.teacher.spec} is unknown, which is not free: put it on a card in ./teachers/."
-        )
-    else:
-        rows.append(("cost", _usd_range(step.cost_usd(price)), _usd_range(total.cost_usd(price))))
-        if budget is not None and total.cost_usd(price)[1] > budget:
-            notes.append(f"teacher.budget_usd {format_usd(budget)} may stop the run before its last step.")
-    widths = [max(len(row[i]) for row in rows) for i in range(3)]
-    table = [f"{a:<{widths[0]}}  {b:>{widths[1]}}  {c:>{widths[2]}}" for a, b, c in rows]
-    return "\n".join([*table, *notes])
+def estimate(config: RunConfig) -> str:
+    """Say what a run will ask of its teacher and what that costs. Nothing is asked; a probe of today is made use of.
 
-
-def spending_notice(config: RunConfig) -> str | None:
-    """Say in one line what a run may buy at most, before it begins; None when the teacher costs nothing.
-
-    Reads no data. Raises ConfigError for a method or a teacher that cannot be used.
+    Raises ConfigError or DataError for what would stop the run.
     """
     method = build_method(config.method)
-    if not method.needs_text_teacher:
-        return None
-    price = _price(config)
-    has_n = find_card(parse_spec(config.teacher.spec).provider).can.n
-    step = estimate_calls(config, method, prompt_tokens=ASSUMED_PROMPT_TOKENS, paid_per_sample=not has_n)
-    assert step is not None
-    total = step.times(config.steps)
-    bought = f"{config.teacher.spec} writes at most {total.output_tokens:,} tokens in {total.requests:,} requests"
-    if price is None:
-        return f"{bought}; its price is unknown, so no budget limits it (--dry-run shows more, Ctrl-C stops)"
-    cost = price.cost_usd(0, total.output_tokens)
-    if cost == 0:
-        return None
-    limit = "no budget limits it" if config.teacher.budget_usd is None else f"budget {config.teacher.budget_usd:g} USD"
-    return f"{bought}, up to {format_usd(cost)} besides what it reads; {limit}"
+    check_teacher(config, method)
+    dataset = _read_data(config)
+    prompts = _student_prompts(config, dataset, find_tokenizer(config.student.model))
+    return _describe_calls(config, method, dataset, prompts)
 
 
-def _price(config: RunConfig) -> ModelPrice | None:
-    """Return what the teacher costs; None when that is unknown, which a budget does not go with."""
-    spec = parse_spec(config.teacher.spec)
-    card = find_card(spec.provider)
-    price = card.price.of(spec.model) if card.price and is_card_host(spec, card) else None
-    if price is None and config.teacher.budget_usd is not None:
-        raise ConfigError(
-            f"teacher.budget_usd is {config.teacher.budget_usd}, but the price of {config.teacher.spec} is unknown; "
-            "put it on a card in ./teachers/, or leave the budget out"
-        )
-    return price
-
-
-def _instruction_tokens(config: RunConfig, method: Method) -> int:
-    """Estimate what is wrapped around the prompt where a chat model has to be asked to go on."""
-    if not isinstance(method.supervision, ChunkedSettings) or _transport(config) != "chat":
-        return 0
-    asked = continuation_messages([Message(role="user", content="")], PLACEHOLDER, max_tokens=_chunk_shape(method)[0])
-    return sum(len(message.content) for message in asked) // CHARACTERS_PER_TOKEN
+def _describe_calls(config: RunConfig, method: Method, dataset: Dataset | None, prompts: Sequence[Prompt]) -> str:
+    sent = 0
+    if method.needs_text_teacher:
+        sent = _prompt_tokens(dataset, prompts) + instruction_tokens(method, _transport(config))
+    return describe_calls(config, method, prompt_tokens=sent, is_assumed=dataset is None)
 
 
 def _describe_evaluation(config: RunConfig) -> str:
@@ -399,13 +259,3 @@ def _turns(messages: Sequence[Message]) -> str:
 
 def _indented(text: str) -> str:
     return "\n".join(f"  | {line}" for line in text.split("\n"))
-
-
-def _range(bounds: tuple[int, int]) -> str:
-    low, high = bounds
-    return f"{low:,}" if low == high else f"{low:,} to {high:,}"
-
-
-def _usd_range(bounds: tuple[float, float]) -> str:
-    low, high = format_usd(bounds[0]), format_usd(bounds[1])
-    return low if low == high else f"{low} to {high}"

@@ -2,22 +2,36 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import asyncio
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, cast
 
-from omniopd.config import RunConfig
-from omniopd.errors import ConfigError
+from omniopd.config import RunConfig, TeacherConfig
+from omniopd.errors import ConfigError, TeacherResponseError
 from omniopd.method import Method
-from omniopd.models import resolve_model, room_for_prompts
-from omniopd.run_folder import RunFolder
+from omniopd.models import foreign_tokens, load_tokenizer, reads_alike, resolve_model, room_for_prompts
+from omniopd.run_folder import RunFolder, write_json_atomic
+from omniopd.spending import probe_cache, probe_key
+from omniopd.teachers.base import Teacher
 from omniopd.teachers.metered import MeteredTeacher
+from omniopd.teachers.probe import Encode, ProbeResult, describe_probe, probe_teacher, warnings_of
+from omniopd.teachers.resolve import (
+    LOCAL_DIALECTS,
+    Target,
+    feasible_transports,
+    find_target,
+    open_teacher,
+    prompt_encoder,
+    refuse_keys,
+)
 from omniopd.types import Prompt
 
 if TYPE_CHECKING:
     from omniopd.behavior.base import Verifier
     from omniopd.learner.policy import LanguageModel, Policy
+    from omniopd.teachers.cards import Transport
 
 
 def check_teacher(config: RunConfig, method: Method) -> None:
@@ -35,12 +49,7 @@ def check_teacher(config: RunConfig, method: Method) -> None:
                 f"teacher.serve starts a server for {config.teacher.serve!r}, which answers to teacher.spec "
                 f"{served!r}, but teacher.spec is {config.teacher.spec!r}; use {served} or leave teacher.serve out"
             )
-    if method.needs_text_teacher and is_weights:
-        model = config.teacher.spec.removeprefix("hf:")
-        raise ConfigError(
-            f"teacher.spec {config.teacher.spec!r} loads weights, and this method asks for text; use "
-            f"teacher.serve={model} with teacher.spec=local:{Path(model).name}, or method.supervision.type=logprob"
-        )
+    refuse_keys("teacher", config.teacher.model_dump(mode="json"))
 
 
 def load_prompts(
@@ -80,11 +89,15 @@ def load_prompts(
     return get_verifier(data.verifier, source=data.eval, has_answers=True), training, held_out
 
 
-def open_text_teacher(config: RunConfig, method: Method, folder: RunFolder, stack: ExitStack) -> MeteredTeacher | None:
-    """Open the text teacher, starting its server first where the config asks for one."""
+def open_text_teacher(
+    config: RunConfig, method: Method, folder: RunFolder, stack: ExitStack, say: Callable[[str], None]
+) -> MeteredTeacher | None:
+    """Open the text teacher, starting its server first where the config asks for one, and probe it.
+
+    Raises what the probe raises, and TeacherResponseError when the teacher gives no usable continuation at all.
+    """
     if not method.needs_text_teacher:
         return None
-    from omniopd.teachers.resolve import open_teacher
 
     settings = config.teacher
     spec = settings.spec
@@ -97,20 +110,120 @@ def open_text_teacher(config: RunConfig, method: Method, folder: RunFolder, stac
         stack.enter_context(server)
         spec = f"{spec}@{server.base_url}"
         tokenizer_path = tokenizer_path or Path(model)
-    teacher = open_teacher(
-        spec,
-        temperature=settings.temperature,
-        top_p=settings.top_p,
-        continuation=settings.continuation,
-        max_concurrency=settings.max_concurrency,
-        timeout_s=settings.timeout_s,
-        max_attempts=settings.max_attempts,
-        budget_usd=settings.budget_usd,
-        ledger=folder.ledger,
-        extra_body=settings.extra_body,
-        tokenizer_path=tokenizer_path,
+    target = find_target(spec, price=settings.price)
+    may_share = settings.continuation in ("auto", "tokens") and "tokens" in target.card.can.continuations
+    shares = may_share and tokenizer_path is not None and reads_alike(config.student.model, str(tokenizer_path))
+
+    def open_as(continuation: str) -> Teacher:
+        return open_teacher(
+            spec,
+            temperature=settings.temperature,
+            top_p=settings.top_p,
+            continuation=continuation,
+            max_concurrency=settings.max_concurrency,
+            requests_per_minute=settings.requests_per_minute,
+            tokens_per_minute=settings.tokens_per_minute,
+            timeout_s=settings.timeout_s,
+            deadline_s=settings.deadline_s,
+            max_attempts=settings.max_attempts,
+            budget_usd=settings.budget_usd,
+            budget_tokens=settings.budget_tokens,
+            budget_calls=settings.budget_calls,
+            price=settings.price,
+            ledger=folder.ledger,
+            extra_body=settings.extra_body,
+            tokenizer_path=tokenizer_path,
+            shares_vocabulary=shares,
+        )
+
+    continuation: str = settings.continuation
+    if settings.probe and target.card.dialect not in LOCAL_DIALECTS:
+        open_as(continuation)  # Says at once what no server is needed for: a missing key, a way that is not possible.
+        ways = feasible_transports(target.card, has_tokenizer=tokenizer_path is not None, shares_vocabulary=shares)
+        if continuation != "auto":
+            ways = (cast("Transport", continuation),)
+        encode = prompt_encoder(tokenizer_path) if tokenizer_path is not None and "tokens" in ways else None
+        result = _probe(open_as, ways, target, spec, settings, encode)
+        write_json_atomic(folder.probe, result.to_json())
+        _check_probe(result, spec)
+        assert result.chosen is not None
+        continuation = result.chosen
+        told = describe_probe(result)
+        say(told if warnings_of(result) else told.partition("\n")[0] + f": asked by {continuation}")
+    return MeteredTeacher(open_as(continuation))
+
+
+def _probe(
+    open_as: Callable[[str], Teacher],
+    ways: Sequence[Transport],
+    target: Target,
+    spec: str,
+    settings: TeacherConfig,
+    encode: Encode | None,
+) -> ProbeResult:
+    """Probe the teacher, or take today's result of another run."""
+    cache, key = probe_cache(target), probe_key(settings, target)
+    result = cache.find(key) if cache else None
+    if result is None or result.chosen not in ways:
+        teacher_id = f"{target.card.id}:{target.spec.model}"
+        asks_for_n = target.card.can.n
+        result = asyncio.run(probe_teacher(open_as, ways, teacher_id=teacher_id, asks_for_n=asks_for_n, encode=encode))
+        if cache and result.chosen:
+            cache.add(key, result)
+    return result
+
+
+def _check_probe(result: ProbeResult, spec: str) -> None:
+    if result.best is None:
+        why = next((way.error or "; ".join(way.missing) for way in result.ways), "there is no way to ask it")
+        raise TeacherResponseError(
+            f"the teacher {spec} gave no usable answer to the first short questions ({why}); look at it with "
+            f"`omniopd teachers check {spec}`"
+        )
+
+
+def check_text_teacher(
+    spec: str,
+    *,
+    continuation: str = "auto",
+    tokenizer: Path | None = None,
+    temperature: float | None = 1.0,
+    extra_body: Mapping[str, Any] | None = None,
+) -> ProbeResult:
+    """Probe a teacher in every way that is possible with what is at hand. Spends a few hundred tokens for each.
+
+    Raises what `open_teacher` and the probe raise.
+    """
+    target = find_target(spec)
+
+    def open_as(way: str) -> Teacher:
+        # The probe writes token ids with the teacher's own tokenizer, so the vocabulary is shared.
+        return open_teacher(
+            spec,
+            continuation=way,
+            temperature=temperature,
+            extra_body=extra_body,
+            tokenizer_path=tokenizer,
+            shares_vocabulary=tokenizer is not None,
+            max_attempts=2,
+        )
+
+    ways: tuple[Transport, ...] = ("prefill",)
+    if target.card.dialect not in LOCAL_DIALECTS:
+        has_tokenizer = tokenizer is not None
+        ways = feasible_transports(target.card, has_tokenizer=has_tokenizer, shares_vocabulary=has_tokenizer)
+        if continuation != "auto":
+            ways = (cast("Transport", continuation),)
+    return asyncio.run(
+        probe_teacher(
+            open_as if target.card.dialect not in LOCAL_DIALECTS else lambda way: open_as("auto"),
+            ways,
+            teacher_id=f"{target.card.id}:{target.spec.model}",
+            asks_for_n=target.card.can.n,
+            encode=prompt_encoder(tokenizer) if tokenizer is not None else None,
+            is_thorough=True,
+        )
     )
-    return MeteredTeacher(teacher)
 
 
 def load_teacher_weights(config: RunConfig, method: Method, policy: Policy) -> LanguageModel | None:
@@ -122,11 +235,10 @@ def load_teacher_weights(config: RunConfig, method: Method, policy: Policy) -> L
     if not method.needs_teacher_weights:
         return None
     from omniopd.learner.policy import load_frozen
-    from omniopd.models import load_tokenizer
 
     name = config.teacher.spec.removeprefix("hf:")
-    ours, theirs = policy.tokenizer.get_vocab(), load_tokenizer(name).get_vocab()
-    strangers = [token for token, i in ours.items() if theirs.get(token) != i]
+    ours = policy.tokenizer.get_vocab()
+    strangers = foreign_tokens(policy.tokenizer, load_tokenizer(name))
     if strangers:
         raise ConfigError(
             f"{len(strangers):,} of the student's {len(ours):,} tokens, e.g. {strangers[0]!r}, have another id or "

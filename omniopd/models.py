@@ -105,6 +105,24 @@ def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
         raise ConfigError(f"cannot load the tokenizer of {name!r}: {_first_line(error)}") from error
 
 
+def foreign_tokens(ours: PreTrainedTokenizerBase, theirs: PreTrainedTokenizerBase) -> list[str]:
+    """Return the tokens of one vocabulary that have another id, or none, in the other."""
+    other = theirs.get_vocab()
+    return [token for token, i in ours.get_vocab().items() if other.get(token) != i]
+
+
+def reads_alike(student: str, teacher: str) -> bool:
+    """Say whether a student's token ids mean the same to a teacher: one vocabulary, and one chat template.
+
+    A student whose tokenizer is not on this machine, or cannot be loaded, reads like nobody else.
+    """
+    try:
+        ours, theirs = load_tokenizer(student), load_tokenizer(teacher)
+    except ConfigError:
+        return False
+    return ours.chat_template == theirs.chat_template and not foreign_tokens(ours, theirs)
+
+
 def load_model(name: str, *, device: str = "auto", dtype: str = "auto") -> PreTrainedModel:
     """Load a causal language model in evaluation mode. Raises ConfigError when it cannot be loaded."""
     from transformers import AutoModelForCausalLM

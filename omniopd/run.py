@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from omniopd.config import RunConfig
-from omniopd.errors import TeacherError, TeacherResponseError
+from omniopd.errors import TeacherError
 from omniopd.inputs import check_teacher, load_prompts, load_teacher_weights, open_text_teacher
 from omniopd.loop import Observer, Run, train
 from omniopd.method import ChunkedSettings, LogprobSettings, Method, VerifierSettings, build_method
@@ -21,9 +21,9 @@ from omniopd.progress import RunProgress
 from omniopd.prompts import LearnsFromRollouts, build_sampler
 from omniopd.records import Records
 from omniopd.report.build import build_report
-from omniopd.run_folder import RunFolder, write_json_atomic
-from omniopd.teachers.base import ContinuationRequest
-from omniopd.teachers.metered import MeteredTeacher
+from omniopd.run_folder import RunFolder, read_json, write_json_atomic
+from omniopd.spending import estimate_with
+from omniopd.teachers.probe import ProbeResult
 from omniopd.timing import StepTimer
 from omniopd.types import Prompt, Rollout, TokenSignal, Usage
 
@@ -34,8 +34,6 @@ if TYPE_CHECKING:
     from omniopd.rollout.detokenize import Detokenizer
     from omniopd.supervision.base import StudentMeasure, Supervision
 
-TRIAL_TOKENS = 16
-"""Length of the first answer that shows whether the teacher can serve at all."""
 EVAL_SEED_OFFSET = 1_000_003
 """Evaluation draws from streams of its own, the same before and after training."""
 
@@ -116,7 +114,7 @@ class _Session:
         self.progress = stack.enter_context(RunProgress())
         self.timer = StepTimer(on_phase=self.progress.phase)
         # First, because a missing key or a wrong address should not wait for a large model to load.
-        self.teacher = open_text_teacher(config, method, folder, stack)
+        self.teacher = open_text_teacher(config, method, folder, stack, self.progress.message)
         self.policy = Policy.load(config.student)
         self.student = _Student(self.policy, Detokenizer(self.policy.tokenizer))
         self.verifier, prompts, self.eval_prompts = load_prompts(config, self.policy, self.progress.message)
@@ -139,8 +137,7 @@ class _Session:
         self.started = time.perf_counter()
         self.earlier_seconds = 0.0
         self._preview(prompts[0])
-        if self.teacher is not None:
-            asyncio.run(self._try_teacher(self.teacher, prompts[0]))
+        self._estimate(prompts)
 
     def run(self, *, resume: bool) -> None:
         """Measure, train, measure again, and write the results."""
@@ -206,24 +203,6 @@ class _Session:
             await self.engine.aclose()
             if self.teacher is not None:
                 await self.teacher.aclose()
-
-    async def _try_teacher(self, teacher: MeteredTeacher, prompt: Prompt) -> None:
-        """Ask for one short answer before anything long begins. Raises TeacherError when the teacher cannot serve."""
-        # A seed of its own each time: an answer that the ledger remembers would tell nothing about the teacher today.
-        seed = int(time.time()) & 0x7FFFFFFF
-        request = ContinuationRequest(messages=prompt.messages, prefix="", n=1, max_tokens=TRIAL_TOKENS, seed=seed)
-        try:
-            (answer,) = await teacher.continuations([request])
-        finally:
-            await teacher.aclose()
-        (continuation,) = answer.continuations
-        if continuation.text is None:
-            raise TeacherResponseError(
-                f"the teacher {teacher.id} gave no usable answer to a first short question ({continuation.missing}: "
-                f"{continuation.detail or 'no detail'}); look at it with `omniopd teachers check {teacher.id}`"
-            )
-        teacher.take()
-        self.progress.message(f"teacher {teacher.id} answers: {continuation.text!r} ({answer.seconds:.1f} s)")
 
     def _behavior(self) -> Behavior:
         from omniopd.behavior.student import StudentBehavior
@@ -370,6 +349,16 @@ class _Session:
         path = self.folder.path / "offending_rollouts.jsonl"
         path.write_text("".join(json.dumps(signal.to_json()) + "\n" for signal in signals))
         return path
+
+    def _estimate(self, prompts: Sequence[Prompt]) -> None:
+        """Write down what the run is expected to ask and cost; a resumed run keeps the first word."""
+        if self.folder.estimate.is_file():
+            return
+        probe = ProbeResult.from_json(read_json(self.folder.probe)) if self.folder.probe.is_file() else None
+        lengths = [len(prompt.token_ids) for prompt in prompts]
+        expected = estimate_with(self.config, self.method, prompt_tokens=lengths, probe=probe)
+        if expected is not None:
+            write_json_atomic(self.folder.estimate, expected.to_json())
 
     def _preview(self, prompt: Prompt) -> None:
         from omniopd.templates import preview

@@ -24,7 +24,8 @@ from omniopd.errors import ConfigError, RunError
 FREE_ON_RESUME = frozenset(
     {"steps", "output", "trackers", "save_every", "keep_checkpoints", "record_every", "eval.every"}
     | {"teacher.budget_usd", "teacher.max_attempts", "teacher.max_concurrency", "teacher.max_missing_fraction"}
-    | {"teacher.timeout_s"}
+    | {"teacher.timeout_s", "teacher.deadline_s", "teacher.requests_per_minute", "teacher.tokens_per_minute"}
+    | {"teacher.budget_tokens", "teacher.budget_calls", "teacher.price", "teacher.probe"}
 )
 """Dotted keys that may differ between the first start of a run and its continuation."""
 
@@ -152,6 +153,16 @@ class RunFolder:
     def ledger(self) -> Path:
         """All teacher answers paid for."""
         return self.path / "ledger.sqlite"
+
+    @property
+    def probe(self) -> Path:
+        """What the teacher did with the first questions."""
+        return self.path / "probe.json"
+
+    @property
+    def estimate(self) -> Path:
+        """What the run was expected to ask and to cost."""
+        return self.path / "estimate.json"
 
     @property
     def teacher_server_log(self) -> Path:

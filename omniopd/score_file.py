@@ -10,18 +10,22 @@ import math
 import os
 import time
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, BinaryIO, NoReturn
 
-from omniopd.api import ChunkRewarder, ChunkRewards, as_messages, progress_bar
+from omniopd.api import ChunkRewarder, progress_display
 from omniopd.chunking import num_words
-from omniopd.errors import ConfigError, DataError, RunError, TeacherConnectionError
+from omniopd.errors import ConfigError, DataError, RunError, TeacherConnectionError, TeacherError
+from omniopd.responses import as_messages
+from omniopd.rewards import ChunkRewards, ScoredChunk
+from omniopd.teachers.shaping import SHAPING_OPTIONS, lasting_spec
 from omniopd.types import Missing, Usage, Value
 
-ROWS_PER_BATCH = 32
-"""Rows scored, written and flushed together: what a crash can cost."""
+OUTAGE_ROWS = 32
+"""So many rows in a row without one answer are an outage: rows on file as failed would not be asked again."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -39,18 +43,29 @@ class ScoreSummary(Value):
     mean_score: float | None
     """Over the chunks that have one."""
     usage: Usage = field(default_factory=Usage)
+    """`requests` counts HTTP requests; `cost_usd` is None when a price is unknown."""
     seconds: float = 0.0
 
 
 def score_file(
-    input: Path, output: Path, rewarder: ChunkRewarder, *, resume: bool = True, progress: bool = True
+    input: Path,
+    output: Path,
+    rewarder: ChunkRewarder,
+    *,
+    resume: bool = True,
+    progress: bool = True,
+    keep_continuations: bool = False,
 ) -> ScoreSummary:
     """Write every row of `input` with its scored chunks to `output`, in order. Spends money at a paid teacher.
 
     An input row has `prompt` (text or messages), `response` (text) and optionally `entropies` (one number for each
     word). The output row is the input row plus `chunks`: objects with `start` and `end` (characters), `text`, `score`
-    (null when missing), `num_continuations` and `missing` (the reason or null). Rows are appended as they are done, so
-    after a crash the same call goes on; a torn last line is dropped.
+    (null when missing), `num_continuations`, `missing` (the reason or null) and `detail` (why, and what was repaired in
+    the teacher's replies).
+
+    Many rows are worked on at once. A row is appended, and is safe on disk, as soon as it and all rows before it are
+    finished, so after a crash, an interrupt or an error the same call goes on; a torn last line is dropped. What was
+    answered for rows that are not written yet is paid again, unless the rewarder's teacher has a ledger.
 
     Args:
         input: JSON lines; all are checked before the teacher is asked. Blank lines are skipped.
@@ -58,13 +73,15 @@ def score_file(
         rewarder: Has the teacher and the settings.
         resume: Keep the rows of an existing output; they must be those of the input and scored with the same settings.
             False starts afresh.
-        progress: Draw a bar on a terminal.
+        progress: Draw a bar on a terminal; elsewhere write a line now and then, to standard error.
+        keep_continuations: Give each chunk `continuations`, too: the texts of the teacher that the score rests on.
 
     Raises:
         DataError: a row that cannot be used, named by file and line; an output that belongs to another input or was
             scored with other settings.
         ConfigError: `output` is `input`.
-        TeacherError: as the teacher raises it, or because it failed on a whole batch; what was done until then is kept.
+        TeacherError: as the teacher raises it, or because it failed on 32 rows in a row, or on all there were; the
+            finished rows before are kept, and the message says how many.
         RunError: the output cannot be written.
     """
     started = time.monotonic()
@@ -73,77 +90,168 @@ def score_file(
     rows = _read_rows(input)
     done = _completed_rows(output, rows, input) if resume else 0
     settings = output.with_name(f"{output.name}.settings.json")
+    wanted = {**rewarder.settings, "keep_continuations": keep_continuations}
     if done:
-        _check_settings(settings, rewarder)
-    scored: list[ChunkRewards] = []
-    try:
-        output.parent.mkdir(parents=True, exist_ok=True)
-        with output.open("a", encoding="utf-8"):
-            pass
-        settings.write_text(json.dumps(rewarder.settings, indent=1) + "\n", encoding="utf-8")
-    except OSError as error:
-        raise RunError(f"cannot write {output}: {error.strerror}; give another output file") from error
+        _check_settings(settings, wanted)
+    tally = _Tally()
     with (
-        output.open("a" if done else "w", encoding="utf-8", newline="\n") as sink,
-        progress_bar("scoring rows", len(rows), show=progress, done=done) as advance,
+        _writing(output, settings, wanted, is_new=not done) as file,
+        progress_display(show=progress, done_before=done) as tell,
     ):
-        for batch in _batches(rows[done:]):
-            rewards = _score_batch(rewarder, batch)
-            _check_outage(rewards, output)
-            for row, row_rewards in zip(batch, rewards, strict=True):
-                sink.write(_line({**row, "chunks": _chunk_objects(row_rewards)}))
-            sink.flush()
-            os.fsync(sink.fileno())
-            scored += rewards
-            advance(len(batch))
-    chunks = [chunk for rewards in scored for chunk in rewards.chunks]
-    scores = [chunk.score for chunk in chunks if chunk.score is not None]
+        sink = _Sink(file, output, rows, done, tally, keep_continuations)
+        rest = rows[done:]
+        groups = rewarder.stream(
+            [row["prompt"] for row in rest],
+            [row["response"] for row in rest],
+            entropies=[row.get("entropies") for row in rest],
+            tell=tell,
+        )
+        try:
+            with closing(groups):
+                for group in groups:
+                    sink.add(group)
+            sink.finish()
+        except TeacherError as error:
+            # Callers tell a spent budget from a refused key by the class.
+            kind = next(kind for kind in type(error).__mro__ if kind.__module__ == TeacherError.__module__)
+            raise kind(f"{error}; {sink.whereabouts}") from error
     return ScoreSummary(
         rows=len(rows),
         rows_resumed=done,
-        chunks=len(chunks),
-        missing=dict(Counter(chunk.missing.value for chunk in chunks if chunk.missing is not None)),
-        mean_score=sum(scores) / len(scores) if scores else None,
-        usage=sum((rewards.usage for rewards in scored), Usage()),
+        chunks=tally.chunks,
+        missing=dict(tally.missing),
+        mean_score=tally.mean_score,
+        usage=tally.usage,
         seconds=time.monotonic() - started,
     )
 
 
-def _score_batch(rewarder: ChunkRewarder, rows: Sequence[Mapping[str, Any]]) -> list[ChunkRewards]:
-    """Score rows that all have entropies or all have none."""
-    entropies = [row["entropies"] for row in rows] if _has_entropies(rows[0]) else None
-    return rewarder.score([row["prompt"] for row in rows], [row["response"] for row in rows], entropies=entropies)
+@dataclass(slots=True)
+class _Tally:
+    """What the rows that were written come to."""
+
+    chunks: int = 0
+    missing: Counter[str] = field(default_factory=Counter)
+    scores: int = 0
+    total: float = 0.0
+    usage: Usage = field(default_factory=Usage)
+
+    def add(self, rewards: ChunkRewards) -> None:
+        self.chunks += len(rewards.chunks)
+        self.missing.update(chunk.missing.value for chunk in rewards.chunks if chunk.missing is not None)
+        scores = [chunk.score for chunk in rewards.chunks if chunk.score is not None]
+        self.scores += len(scores)
+        self.total += math.fsum(scores)
+        self.usage += rewards.usage
+
+    @property
+    def mean_score(self) -> float | None:
+        return self.total / self.scores if self.scores else None
 
 
-def _check_outage(rewards: Sequence[ChunkRewards], output: Path) -> None:
-    """Stop when the teacher answered nothing at all: rows on file as failed would not be asked again."""
-    chunks = [chunk for row in rewards for chunk in row.chunks]
-    if chunks and all(chunk.missing in (Missing.FAILED, Missing.TIMEOUT) for chunk in chunks):
+class _Sink:
+    """Appends finished rows to the output. Holds rows back on which the teacher failed, until it answers again."""
+
+    def __init__(
+        self,
+        file: BinaryIO,
+        path: Path,
+        rows: Sequence[Mapping[str, Any]],
+        done: int,
+        tally: _Tally,
+        keep_continuations: bool,
+    ) -> None:
+        self._file = file
+        self._path = path
+        self._rows = rows
+        self._written = done
+        self._tally = tally
+        self._keep_continuations = keep_continuations
+        self._held: list[ChunkRewards] = []
+        self._failed_rows = 0
+        """Of those held back; the others have no chunks."""
+        self._has_answers = False
+
+    @property
+    def whereabouts(self) -> str:
+        """Say how far the output is and how to go on."""
+        total = len(self._rows)
+        return f"{self._written} of {total} rows are in {self._path}; run the same command again to go on from there"
+
+    def add(self, group: Sequence[ChunkRewards]) -> None:
+        """Write the rewards of the next rows, in one piece. Raises TeacherConnectionError in an outage."""
+        ready: list[ChunkRewards] = []
+        for rewards in group:
+            self._held.append(rewards)
+            if _failed(rewards):
+                self._failed_rows += 1
+                if self._failed_rows == OUTAGE_ROWS:
+                    break
+            elif rewards.chunks or not self._failed_rows:
+                self._has_answers = self._has_answers or bool(rewards.chunks)
+                ready += self._held
+                self._held, self._failed_rows = [], 0
+        self._append(ready)
+        if self._failed_rows == OUTAGE_ROWS:
+            self._raise_outage()
+
+    def finish(self) -> None:
+        """Write the rows that are held back, unless the teacher never answered. Raises TeacherConnectionError then."""
+        if self._held and not self._has_answers:
+            self._raise_outage()
+        self._append(self._held)
+
+    def _append(self, ready: Sequence[ChunkRewards]) -> None:
+        if not ready:
+            return
+        rows = self._rows[self._written : self._written + len(ready)]
+        lines = [
+            _line({**row, "chunks": [self._object(chunk) for chunk in rewards.chunks]})
+            for row, rewards in zip(rows, ready, strict=True)
+        ]
+        try:
+            self._file.write("".join(lines).encode())
+            self._file.flush()
+            os.fsync(self._file.fileno())
+        except OSError as error:
+            raise RunError(f"cannot write {self._path}: {error.strerror}; {self.whereabouts}") from error
+        self._written += len(ready)
+        for rewards in ready:
+            self._tally.add(rewards)
+
+    def _object(self, chunk: ScoredChunk) -> dict[str, Any]:
+        values = chunk.to_json()
+        if not self._keep_continuations:
+            del values["continuations"]
+        return values
+
+    def _raise_outage(self) -> NoReturn:
+        chunks = [chunk for rewards in self._held for chunk in rewards.chunks]
         raise TeacherConnectionError(
-            f"the teacher failed on all {len(chunks)} chunks of {len(rewards)} rows in a row, the first with: "
-            f"{chunks[0].detail or 'no detail'}; the rows before are kept in {output}, run the "
-            "same command again to go on"
+            f"the teacher failed on all {len(chunks)} chunks of {self._failed_rows} rows in a row, the "
+            f"first with: {chunks[0].detail or 'no detail'}"
         )
 
 
-def _batches(rows: Sequence[dict[str, Any]]) -> list[list[dict[str, Any]]]:
-    batches: list[list[dict[str, Any]]] = []
-    for row in rows:
-        fits = batches and len(batches[-1]) < ROWS_PER_BATCH
-        if fits and _has_entropies(batches[-1][0]) == _has_entropies(row):
-            batches[-1].append(row)
-        else:
-            batches.append([row])
-    return batches
+def _failed(rewards: ChunkRewards) -> bool:
+    """Say whether not one answer came. A row without chunks says nothing either way."""
+    return bool(rewards.chunks) and all(chunk.missing in (Missing.FAILED, Missing.TIMEOUT) for chunk in rewards.chunks)
 
 
-def _has_entropies(row: Mapping[str, Any]) -> bool:
-    return row.get("entropies") is not None
-
-
-def _chunk_objects(rewards: ChunkRewards) -> list[dict[str, Any]]:
-    names = ("start", "end", "text", "score", "num_continuations", "missing")
-    return [{name: value for name, value in chunk.to_json().items() if name in names} for chunk in rewards.chunks]
+@contextmanager
+def _writing(output: Path, settings: Path, wanted: Mapping[str, Any], *, is_new: bool) -> Iterator[BinaryIO]:
+    """Open the output and write down beside it how it is scored. Raises RunError."""
+    try:
+        output.parent.mkdir(parents=True, exist_ok=True)
+        file = output.open("wb" if is_new else "ab")
+    except OSError as error:
+        raise RunError(f"cannot write {output}: {error.strerror}; give another output file") from error
+    with file:
+        try:
+            settings.write_text(json.dumps(wanted, indent=1) + "\n", encoding="utf-8")
+        except OSError as error:
+            raise RunError(f"cannot write {settings}: {error.strerror}; give another output file") from error
+        yield file
 
 
 def _line(row: Mapping[str, Any]) -> str:
@@ -172,7 +280,7 @@ def _row(line: bytes, where: str) -> dict[str, Any]:
         as_messages(row["prompt"])
     except ConfigError as error:
         raise DataError(f"{where}: {error}") from error
-    if _has_entropies(row):
+    if row.get("entropies") is not None:
         _check_entropies(row["entropies"], num_words(row["response"]), where)
     try:
         _line(row).encode()
@@ -234,12 +342,15 @@ def _completed_rows(output: Path, rows: Sequence[Mapping[str, Any]], source: Pat
     return len(lines)
 
 
-def _check_settings(path: Path, rewarder: ChunkRewarder) -> None:
+def _check_settings(path: Path, now: Mapping[str, Any]) -> None:
     """Refuse to go on with another teacher or similarity: one file holds one kind of score."""
     if not path.is_file():
         return
-    before, now = json.loads(path.read_text(encoding="utf-8")), rewarder.settings
-    changes = [f"{k} {before.get(k)!r} -> {now.get(k)!r}" for k in {**before, **now} if before.get(k) != now.get(k)]
+    unwritten = {f"teacher_options.{name}": value for name, value in SHAPING_OPTIONS.items()}
+    before = {**unwritten, "keep_continuations": False, **json.loads(path.read_text(encoding="utf-8"))}
+    with suppress(ConfigError):  # The id of a teacher object need be no spec.
+        before["teacher"] = lasting_spec(before["teacher"])
+    changes = [f"{k} {before.get(k)!r} -> {v!r}" for k, v in now.items() if str(before.get(k)) != str(v)]
     if changes:
         raise DataError(
             f"the rows that are there were scored with other settings ({', '.join(changes)}; see {path}); use these, "

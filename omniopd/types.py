@@ -215,6 +215,14 @@ class Usage(Value):
     """None when the price is unknown. Unknown is not free."""
     cached_requests: int = 0
     """Requests answered from the run's own ledger, at no cost."""
+    cached_input_tokens: int = 0
+    """Of the input tokens, those that the provider read from its prompt cache."""
+    cache_write_tokens: int = 0
+    """Of the input tokens, those that the provider wrote into its prompt cache, where it bills that."""
+    reasoning_tokens: int = 0
+    """Of the output tokens, those of hidden thinking."""
+    unanswered_requests: int = 0
+    """Of the requests, those that were sent and never answered. They may have been billed; nobody can know here."""
 
     def __add__(self, other: Usage) -> Usage:
         known = [cost for cost in (self.cost_usd, other.cost_usd) if cost is not None]
@@ -225,6 +233,10 @@ class Usage(Value):
             output_tokens=self.output_tokens + other.output_tokens,
             cost_usd=None if unknown or not known else sum(known),
             cached_requests=self.cached_requests + other.cached_requests,
+            cached_input_tokens=self.cached_input_tokens + other.cached_input_tokens,
+            cache_write_tokens=self.cache_write_tokens + other.cache_write_tokens,
+            reasoning_tokens=self.reasoning_tokens + other.reasoning_tokens,
+            unanswered_requests=self.unanswered_requests + other.unanswered_requests,
         )
 
 

@@ -10,8 +10,9 @@ from typing import Any
 import pytest
 
 import omniopd.api
-from omniopd.api import ChunkRewarder, ChunkRewards, as_messages, as_reward_func
+from omniopd.api import ChunkRewarder, ChunkRewards, as_reward_func
 from omniopd.errors import ConfigError, TeacherAuthError, TeacherResponseError
+from omniopd.responses import as_messages
 from omniopd.teachers.base import ContinuationRequest, TeacherAnswer
 from omniopd.types import Continuation, Message, Missing, Usage
 

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from loopback import Loopback, Scripted, completion
+from loopback import Loopback, Scripted, chat, completion
 from omniopd.cli import main
 from omniopd.worlds.mini_math import model_path
 
@@ -42,6 +42,8 @@ def scripted_teacher(text: str) -> Loopback:
 
     def answer(request: object) -> Scripted:
         body = request.body  # type: ignore[attr-defined]
+        if "messages" in body:
+            return chat(*[text] * body.get("n", 1))
         prompts = body["prompt"] if isinstance(body["prompt"], list) else [body["prompt"]]
         return completion(*[text] * (len(prompts) * body.get("n", 1)))
 

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 
 import omniopd
+from loopback import Loopback, Received, Scripted, chat, error
 from omniopd.cli import build_parser, main, parse
 from omniopd.config import RunConfig
 from omniopd.errors import RunError
@@ -145,7 +146,7 @@ def test_other_errors_and_interrupts(
 
 def test_every_command_has_help_that_says_something() -> None:
     commands = build_parser()._subparsers._group_actions[0].choices  # type: ignore[union-attr]
-    assert set(commands) == {"train", "eval", "score", "report", "serve", "teachers", "configs"}
+    assert set(commands) == {*("train", "estimate", "eval", "score", "report", "serve", "teachers", "cache", "configs")}
     for name, parser in commands.items():
         for action in parser._actions:
             assert action.help or action.metavar, f"{name} {action.dest} has no help"
@@ -168,26 +169,65 @@ def test_teachers_list_and_show(capsys: pytest.CaptureFixture[str]) -> None:
     assert "did you mean 'openai'?" in capsys.readouterr().err
 
 
-def test_teachers_check_prints_what_came_back(capsys: pytest.CaptureFixture[str]) -> None:
+def test_teachers_check_prints_what_the_probe_found(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["teachers", "check", "echo:demo"]) == 0
     out = capsys.readouterr().out
-    assert out.count("went on") == 2
-    assert "tokens in" in out
-    assert "cost $0.00" in out
+    assert "10 of 10 continuations usable" in out
+    assert "agreement with itself" in out
+    assert "4 requests" in out and "cost $0.00" in out
+    # It writes shuffled words, so it knows none of the answers.
+    assert "exact joint 0%" in out and "warning: few continuations" in out
 
 
-def test_teachers_check_says_why_there_is_no_text(capsys: pytest.CaptureFixture[str]) -> None:
-    from omniopd.commands import describe_check
-    from omniopd.teachers.base import TeacherAnswer
-    from omniopd.types import Continuation, Missing, Usage
+def test_teachers_check_tries_every_way_that_is_possible(capsys: pytest.CaptureFixture[str]) -> None:
+    def script(received: Received) -> Scripted:
+        if "completions" in received.path and "prompt" in received.body:
+            return error(404, "no such endpoint")
+        open_turn = received.body["messages"][-1]["role"] == "assistant"
+        return error(400, "no prefill here") if open_turn else chat(*["\n10"] * received.body.get("n", 1))
 
-    answer = TeacherAnswer(
-        continuations=(Continuation(text=None, missing=Missing.REFUSED, detail="I cannot"),), usage=Usage(requests=1)
-    )
-    text = describe_check(answer, prefix="1\n", seconds=0.5)
-    assert "missing   refused: I cannot" in text
-    # The price is unknown, and unknown is not free.
-    assert "cost $?" in text
+    with Loopback(script) as server:
+        assert main(["teachers", "check", f"vllm:m@{server.base_url}"]) == 0
+    out = capsys.readouterr().out
+    assert "   prefill: 0 of 10 continuations usable" in out
+    assert "-> chat-turn: 10 of 10" in out
+    assert "10 x failed: HTTP 400: no prefill here" in out
+    assert main(["teachers", "check", "echo:demo", "--extra-body", "[1]"]) == 2
+    assert "--extra-body is no mapping" in capsys.readouterr().err
+
+
+def test_estimate_names_calls_tokens_and_price(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["estimate", "quickstart", "steps=3"]) == 0
+    out = capsys.readouterr().out
+    assert "3 steps" in out and "requests" in out and "output tokens" in out
+    assert main(["estimate", "quickstart", "--teacher", "openai:gpt-4o", "teacher.tokenizer=null"]) == 0
+    out = capsys.readouterr().out
+    assert "price of openai:gpt-4o is unknown" in out
+    assert "omniopd teachers check openai:gpt-4o" in out
+
+
+def test_cache_commands_look_into_a_ledger(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    source, target, ledger = tmp_path / "in.jsonl", tmp_path / "out.jsonl", tmp_path / "ledger.sqlite"
+    source.write_text(json.dumps({"prompt": "What is 1+1?", "response": "one and one are two"}) + "\n")
+    words = ["score", str(source), "--teacher", "echo:demo", "-o", str(target), "--ledger", str(ledger)]
+    assert main([*words, "--chunk-words", "5", "--num-continuations", "3"]) == 0
+    capsys.readouterr()
+    assert main(["cache", "stats", str(ledger)]) == 0
+    out = capsys.readouterr().out
+    assert "echo:demo" in out and "3" in out
+    exported = tmp_path / "answers.jsonl"
+    assert main(["cache", "export", str(ledger), "-o", str(exported)]) == 0
+    assert len(exported.read_text().splitlines()) == 3
+    capsys.readouterr()
+    assert main(["cache", "gc", str(ledger)]) == 2
+    assert "--older-than-days" in capsys.readouterr().err
+    assert main(["cache", "gc", str(ledger), "--teacher", "echo:demo", "--dry-run"]) == 0
+    assert main(["cache", "gc", str(ledger), "--teacher", "echo:demo"]) == 0
+    assert main(["cache", "export", str(ledger), "-o", str(exported)]) == 0
+    assert exported.read_text() == ""
+    assert main(["cache", "stats", str(tmp_path)]) == 0
+    assert main(["cache", "stats", str(tmp_path / "none")]) == 2
+    assert "there is no ledger" in capsys.readouterr().err
 
 
 def test_teachers_check_without_a_key_names_the_variable(capsys: pytest.CaptureFixture[str]) -> None:

@@ -8,10 +8,12 @@ from pathlib import Path
 import pytest
 
 from omniopd.config import RunConfig
-from omniopd.dry_run import dry_run, estimate_calls, spending_notice
+from omniopd.dry_run import dry_run
 from omniopd.errors import ConfigError, DataError
+from omniopd.estimate import estimate_step
 from omniopd.method import build_method
 from omniopd.overrides import list_configs, load_config
+from omniopd.spending import spending_notice
 
 CONFIGS = list_configs()
 
@@ -62,9 +64,10 @@ def test_paper_file_keeps_the_published_settings() -> None:
     assert (config.steps, config.learner.learning_rate) == (50, 1e-6)
     assert "SmoothedTarget(alpha=1.0)" in dry_run(config)
     # M 10 chunks of C 50 tokens, N 10: per rollout 10 requests, 100 continuations, 5,000 teacher tokens.
-    calls = estimate_calls(config, method, prompt_tokens=200, paid_per_sample=False)
+    step = estimate_step(config, method, prompt_tokens=200, paid_per_sample=False)
     rollouts = config.rollout.prompts_per_step * config.rollout.group_size
-    assert calls is not None
+    assert step is not None
+    _, calls = step
     assert (calls.requests, calls.continuations, calls.output_tokens) == (
         rollouts * 10,
         rollouts * 100,
@@ -75,26 +78,23 @@ def test_paper_file_keeps_the_published_settings() -> None:
 def test_estimate_by_hand() -> None:
     config = quickstart(*SMALL)
     method = build_method(config.method)
-    calls = estimate_calls(config, method, prompt_tokens=10, paid_per_sample=False)
-    assert calls is not None
+    step = estimate_step(config, method, prompt_tokens=10, paid_per_sample=False)
+    assert step is not None
+    low, high = step
     # 2 x 3 rollouts x 3 chunks = 18 requests, x 5 = 90 continuations, x 8 tokens = 720.
-    assert (calls.requests, calls.continuations, calls.output_tokens) == (18, 90, 720)
-    # Earliest starts 0, 8, 16: mean 8, so 18 x (10 + 8). Latest starts 16, 24, 32: mean 24, so 18 x (10 + 24).
-    assert calls.input_tokens == (324, 612)
-    # Without `n` every sample is a request that pays for its prompt.
-    single = estimate_calls(config, method, prompt_tokens=10, paid_per_sample=True)
-    assert single is not None
-    assert (single.requests, single.input_tokens) == (90, (1_620, 3_060))
-    assert calls.times(4).input_tokens == (1_296, 2_448)
+    assert (high.requests, high.continuations, high.output_tokens) == (18, 90, 720)
+    # Latest starts 16, 24, 32: mean 24, so 18 x (10 + 24).
+    assert high.input_tokens == 612
+    # A third of 40 tokens is 14, which holds one chunk at 0: 6 x 10 tokens read, 30 continuations of 4.
+    assert (low.requests, low.input_tokens, low.output_tokens) == (6, 60, 120)
 
 
 def test_no_more_chunks_than_fit() -> None:
     config = quickstart(*SMALL, "rollout.max_tokens=20")
-    calls = estimate_calls(config, build_method(config.method), prompt_tokens=10, paid_per_sample=False)
-    assert calls is not None
-    # 20 tokens hold two chunks of 8: starts 0, 8 at the earliest (mean 4), 4, 12 at the latest (mean 8).
-    assert calls.requests == 2 * 3 * 2
-    assert calls.input_tokens == (12 * 14, 12 * 18)
+    step = estimate_step(config, build_method(config.method), prompt_tokens=10, paid_per_sample=False)
+    assert step is not None
+    # 20 tokens hold two chunks of 8: starts 4, 12 at the latest (mean 8).
+    assert (step[1].requests, step[1].input_tokens) == (2 * 3 * 2, 12 * 18)
 
 
 def test_a_chunk_longer_than_a_rollout_is_refused() -> None:
@@ -120,7 +120,7 @@ def test_prompts_are_shown_as_both_models_read_them(student_folder: Path) -> Non
 def dear(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """Ten small steps with a teacher whose card has a price."""
     (tmp_path / "teachers").mkdir()
-    card = "id: dear\ndialect: openai-chat\nbase_url: https://dear.test/v1\napi_key_env: DEAR_API_KEY\n"
+    card = "id: dear\ndialect: openai\nbase_url: https://dear.test/v1\napi_key_env: DEAR_API_KEY\n"
     card += "can: {continuations: [chat, prefill], n: true}\nprice:\n  as_of: 2026-11-22\n"
     card += "  models: {big: {input_usd_per_mtok: 10.0, output_usd_per_mtok: 20.0}}\n"
     (tmp_path / "teachers" / "dear.yaml").write_text(card)
@@ -130,9 +130,9 @@ def dear(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
 def test_cost_is_shown_when_the_card_has_a_price(dear: list[str]) -> None:
     text = dry_run(quickstart(*dear))
-    # As in the estimate by hand, ten steps: 7,200 tokens out at $20 and 3,240 to 6,120 in at $10 the million:
-    # 0.144 + 0.0324 = 0.1764 and 0.144 + 0.0612 = 0.2052.
-    assert "$0.1764 to $0.2052" in text
+    # As in the estimate by hand, ten steps: 7,200 tokens out at $20 and 6,120 in at $10 the million are 0.144 + 0.0612;
+    # at the lower end 1,200 out and 600 in are 0.024 + 0.006.
+    assert "$0.0300 to $0.2052" in text
     assert "may stop the run" not in text
     assert "may stop the run before its last step" in dry_run(quickstart(*dear, "teacher.budget_usd=0.2"))
     # A proxy at another address has other prices.
@@ -162,10 +162,11 @@ def test_methods_without_a_text_teacher_ask_for_nothing() -> None:
 
 def test_whole_answers_of_the_teacher_are_counted() -> None:
     config = quickstart(SMALL[0], "method={supervision: {type: imitation}, transforms: []}")
-    calls = estimate_calls(config, build_method(config.method), prompt_tokens=10, paid_per_sample=False)
-    assert calls is not None
+    step = estimate_step(config, build_method(config.method), prompt_tokens=10, paid_per_sample=False)
+    assert step is not None
     # 2 prompts of 10 tokens, 3 answers each, 40 tokens at most.
-    assert (calls.requests, calls.continuations, calls.output_tokens, calls.input_tokens) == (2, 6, 240, (20, 20))
+    _, calls = step
+    assert (calls.requests, calls.continuations, calls.output_tokens, calls.input_tokens) == (2, 6, 240, 20)
     assert "The teacher reads (messages)" in dry_run(config)
 
 

@@ -33,10 +33,10 @@ LAYERS: tuple[frozenset[str], ...] = (
             "verify",
         }
     ),
+    frozenset({"generation", "serving.batcher"}),
     frozenset(
         {
             "checkpoint",
-            "generation",
             "learner",
             "records",
             "signals",
@@ -48,7 +48,9 @@ LAYERS: tuple[frozenset[str], ...] = (
     ),
     frozenset({"api", "behavior", "evaluation", "rollout", "serving", "supervision"}),
     frozenset({"loop", "method", "observers", "score_file"}),
-    frozenset({"inputs", "overrides", "report"}),
+    frozenset({"estimate"}),
+    frozenset({"overrides", "report", "spending"}),
+    frozenset({"inputs"}),
     frozenset({"run"}),
     frozenset({"dry_run"}),
     frozenset({"commands"}),

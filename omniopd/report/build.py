@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from omniopd.errors import RunError
+from omniopd.estimate import Estimate
 from omniopd.progress import format_seconds, format_usd
 from omniopd.records import parse_signal, read_evals, read_metrics, rollout_files, usage_of
 from omniopd.report.objective import describe_objective
@@ -56,7 +57,7 @@ def collect(folder: RunFolder, *, max_samples: int) -> dict[str, Any]:
         "metrics": _columns(rows),
         "every": _stride(len(rows)),
         "evals": evals,
-        "costs": _costs(rows, spent),
+        "costs": _costs(rows, spent) + _expected(folder, spent),
         "config": folder.resolved.read_text(encoding="utf-8"),
         "environment": read_json(folder.environment) if folder.environment.is_file() else None,
         "samples": samples,
@@ -284,6 +285,29 @@ def _costs(rows: Sequence[Mapping[str, Any]], spent: Usage) -> list[tuple[str, s
     table += [(f"Time: {phase}", format_seconds(seconds)) for phase, seconds in phases.items() if phase != "step"]
     if "step" in phases:
         table.append(("Time: all steps", format_seconds(phases["step"])))
+    return table
+
+
+def _expected(folder: RunFolder, spent: Usage) -> list[tuple[str, str]]:
+    """Compare what was expected before the run with what was billed, as (what, how much)."""
+    if not folder.estimate.is_file():
+        return []
+    expected = Estimate.from_json(read_json(folder.estimate))
+    low, high = expected.low, expected.high
+
+    def row(what: str, billed: str, ends: tuple[str, str]) -> tuple[str, str]:
+        return f"{what}: expected, then billed", f"{ends[0]} to {ends[1]}, then {billed}"
+
+    table = [
+        row("Requests", f"{spent.requests:,}", (f"{low.requests:,}", f"{high.requests:,}")),
+        row("Output tokens", f"{spent.output_tokens:,}", (f"{low.output_tokens:,}", f"{high.output_tokens:,}")),
+        row("Input tokens", f"{spent.input_tokens:,}", (f"{low.input_tokens:,}", f"{high.input_tokens:,}")),
+    ]
+    if expected.usd is not None and spent.requests:
+        ends = (format_usd(expected.usd[0]), format_usd(expected.usd[1]))
+        table.append(row("Cost", _cost_words(spent), ends))
+    if spent.unanswered_requests:
+        table.append(("Requests never answered, perhaps billed", f"{spent.unanswered_requests:,}"))
     return table
 
 

@@ -92,6 +92,7 @@ class ChunkedSupervision:
                 n=self.num_continuations,
                 max_tokens=self.continuation_tokens or chunk.num_tokens,
                 seed=request_seed(self.seed, rollout.prompt.id, chunk.prefix),
+                token_ids=rollout.prompt.token_ids + rollout.token_ids[: chunk.start],
             )
             for rollout, of_rollout in zip(rollouts, chunks, strict=True)
             for chunk in of_rollout

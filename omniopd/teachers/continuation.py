@@ -1,32 +1,55 @@
-"""Text in, text out: how a partial answer is handed to a chat model, and how its reply becomes a continuation.
+"""How a partial answer is put to a model that can only be asked to go on. Pure functions.
 
-Pure functions. What a transport promises decides what may be repaired: `completions` and `prefill` go on from the
-prefix by construction, so their text is never searched for repetitions of it; `chat` only asks for that.
+`repair` turns the reply into a continuation. What stays the same while an answer grows comes first in every message,
+for the providers' prompt caches.
 """
 
 from __future__ import annotations
 
-import re
-from collections.abc import Sequence
+import json
+from collections.abc import Mapping, Sequence
+from typing import Any
 
-from omniopd.types import Continuation, Message, Missing
+from omniopd.errors import ConfigError
+from omniopd.types import Message
 
-MIN_OVERLAP = 8
-"""Shortest repetition of the prefix's end that counts as an echo, in characters."""
-ANCHOR_CHARACTERS = 80
-"""How much of the prefix's end the instruction quotes."""
-INSTRUCTION = (
-    "You continue unfinished answers. You are given a task and the beginning of an answer between <partial> and "
-    "</partial>. It stops mid-thought. Write only the text that comes next, starting with the very next characters. "
-    "Do not repeat, correct or comment on the given text, do not start over, do not greet, and use no quotes and no "
-    "code fence around your text."
-)
-INSTRUCTION_VERSION = 1
+ANCHOR_CHARACTERS = 100
+"""How much of the prefix's end the request quotes."""
+END_MARKER = "<end-of-answer>"
+"""What the teacher writes where it holds the answer to be complete. No markup that a student writes."""
+INSTRUCTION_VERSION = 2
 """Part of the ledger's key: raise it whenever the wording changes."""
+ASKED = frozenset({"chat", "chat-turn", "structured"})
+"""The transports that only ask; all others go on from the prefix by construction."""
+STOP_SEQUENCES: Mapping[str, tuple[str, ...]] = {"chat": ("</partial>",), "chat-turn": (), "structured": ()}
+"""Where a server may cut, by transport, for a prefix without tags of its own (`stop_sequences` knows any). Not the end
+marker, which has to be seen to count, and no blank line, which could cut everything."""
+STRUCTURED_SCHEMA: Mapping[str, Any] = {
+    "type": "object",
+    "properties": {"continuation": {"type": "string"}},
+    "required": ["continuation"],
+    "additionalProperties": False,
+}
+"""The JSON schema of an answer over `structured`."""
 
-_FENCE = re.compile(r"^```[\w+-]*\n(.*?)\n?```$", re.DOTALL)
-_TAGS = ("<partial>", "</partial>")
-_QUOTES = {'"': '"', "\N{LEFT DOUBLE QUOTATION MARK}": "\N{RIGHT DOUBLE QUOTATION MARK}"}
+_RULES = (
+    "Write only what comes next, starting with the very next character, as you yourself would go on. You need not "
+    "agree with what is written: if you would object at this point, or change course, do that in the flow of the text. "
+    "But do not repeat or rewrite what is there, do not start over, do not greet, announce or sum up"
+)
+_END = f"If nothing is missing, or as soon as the answer is complete, write {END_MARKER} and stop."
+_QUOTED = (
+    "You continue unfinished answers. You are given a task and the beginning of an answer between <{tag}> and "
+    "</{tag}>. It stops mid-thought. "
+)
+_TURN = (
+    "Your last answer was cut off mid-thought, and the user will ask you to go on. Your next message is glued to its "
+    "end without anything between. "
+)
+_JSON = (
+    'Answer with a JSON object {"continuation": "..."} whose string is that text and nothing else. Escape as JSON '
+    "does: a backslash is written twice."
+)
 
 
 def sent_prefix(prefix: str) -> str:
@@ -38,153 +61,81 @@ def sent_prefix(prefix: str) -> str:
     return prefix.rstrip()
 
 
-def continuation_messages(messages: Sequence[Message], prefix: str, *, max_tokens: int) -> tuple[Message, ...]:
-    """Ask a chat model to continue a quoted partial answer.
+def partial_tag(prefix: str) -> str:
+    """Return the tag that quotes the prefix: `partial`, or the first of `partial-2`, `partial-3`, ... it does not hold.
 
-    All that stays the same while the answer grows comes first, for the servers' prompt caches. An empty prefix asks for
-    an answer from the start, so the conversation is returned as it is.
+    The same prefix always has the same tag.
     """
+    tag, number = "partial", 1
+    while f"<{tag}>" in prefix or f"</{tag}>" in prefix:
+        number += 1
+        tag = f"partial-{number}"
+    return tag
+
+
+def stop_sequences(transport: str, prefix: str) -> tuple[str, ...]:
+    """Return where a server may cut its answer to this prefix; empty for transports without a quoted prefix."""
+    return (f"</{partial_tag(prefix)}>",) if transport == "chat" else ()
+
+
+def continuation_messages(
+    messages: Sequence[Message], prefix: str, *, max_tokens: int, transport: str = "chat"
+) -> tuple[Message, ...]:
+    """Ask a chat model to continue a partial answer.
+
+    An empty prefix asks for an answer from the start, so the conversation is returned as it is, whatever the transport.
+
+    Args:
+        messages: The conversation without the partial answer.
+        prefix: The partial answer.
+        max_tokens: Length limit of the continuation; the request names it in words, as a guide.
+        transport: `chat` quotes the prefix in the last user turn; `chat-turn` gives it as an assistant turn and asks
+            in a user turn after it; `structured` is `chat` with a JSON answer, see `STRUCTURED_SCHEMA`.
+    """
+    if transport not in ASKED:
+        raise ConfigError(f"the transport {transport!r} asks for nothing; expected one of {', '.join(sorted(ASKED))}")
     sent = sent_prefix(prefix)
     if not sent:
         return tuple(messages)
-    system = "\n\n".join([INSTRUCTION, *(m.content for m in messages if m.role == "system")])
     turns = [m for m in messages if m.role != "system"]
+    tag = partial_tag(prefix)
+    system = _with_system(_instruction(transport, tag), messages)
+    nudge = _nudge(prefix, max_tokens=max_tokens)
+    if transport == "chat-turn":
+        return (system, *turns, Message(role="assistant", content=sent), Message(role="user", content=nudge))
     task = turns.pop().content if turns and turns[-1].role == "user" else ""
-    ended = "It ends in whitespace" if sent != prefix else "It does not end in whitespace"
-    request = (
-        f"{task}\n\n<partial>{sent}</partial>\n\n"
-        f"Continue right after {sent[-ANCHOR_CHARACTERS:]!r}. {ended}. Write about {max(1, max_tokens * 3 // 4)} words."
+    request = f"{task}\n\n<{tag}>{sent}</{tag}>\n\n{nudge}".lstrip()
+    return (system, *turns, Message(role="user", content=request))
+
+
+def _instruction(transport: str, tag: str) -> str:
+    if transport == "chat-turn":
+        return f"{_TURN}{_RULES}, and use no quotes and no code fence around your text. {_END}"
+    quoted = _QUOTED.format(tag=tag)
+    if transport == "structured":
+        return f"{quoted}{_RULES}. {_END} {_JSON}"
+    return f"{quoted}{_RULES}, and use no quotes, tags or code fence around your text. {_END}"
+
+
+def _with_system(instruction: str, messages: Sequence[Message]) -> Message:
+    return Message(
+        role="system", content="\n\n".join([instruction, *(m.content for m in messages if m.role == "system")])
     )
+
+
+def _nudge(prefix: str, *, max_tokens: int) -> str:
+    """Return the short line after the prefix. All of it changes with the prefix, so it comes last."""
+    sent = sent_prefix(prefix)
+    anchor = json.dumps(sent[-ANCHOR_CHARACTERS:], ensure_ascii=False)
+    if sent != prefix:
+        state = f"followed by {_whitespace_in_words(prefix[len(sent) :])}, which is already there"
+    else:
+        state = "with no whitespace after it, so begin with a space or a line break if one is due"
     return (
-        Message(role="system", content=system),
-        *turns,
-        Message(role="user", content=request.lstrip()),
+        f"Go on. The text so far ends with {anchor}, {state}. Write only the characters that follow, "
+        f"about {max(1, max_tokens * 3 // 4)} words."
     )
 
 
-def clean_continuation(
-    prefix: str,
-    text: str,
-    *,
-    transport: str,
-    finish_reason: str | None,
-    refusal: str | None = None,
-    echoes_prefix: bool | None = None,
-) -> Continuation:
-    """Turn what a server wrote into the text that follows `prefix`, or into the reason why it cannot.
-
-    The steps, in this order; those that changed something are named in `detail`:
-
-    1. a refusal or a content filter: REFUSED;
-    2. mostly control or replacement characters: GARBAGE;
-    3. an echo of the whole prefix is cut, for `chat` also one of its end (`MIN_OVERLAP` characters or more) and a
-       fence, quotes or tags around the whole answer; nothing but an echo: GARBAGE;
-    4. whitespace that ended the prefix and was held back when it was sent is taken off the answer's head;
-    5. no text: EMPTY, with one exception. When a server that goes on from a non-empty prefix by construction stops at
-       once, the teacher says that the answer is complete there. That is evidence, and stays the usable text "".
-
-    What a chat model wrote for a non-empty prefix is marked as not exact.
-
-    Args:
-        prefix: the partial answer as the student wrote it.
-        text: the server's text, unchanged.
-        transport: `completions`, `prefill` or `chat`.
-        finish_reason: as the server gave it.
-        refusal: the refusal text of a chat server, if any.
-        echoes_prefix: whether the answer may begin with the whole prefix; None: in `chat` only. Where it may not, a
-            repetition is the teacher's own text and is kept.
-    """
-
-    is_chat = transport == "chat"
-    may_echo = bool(prefix.strip()) and (is_chat if echoes_prefix is None else echoes_prefix)
-
-    def missing(reason: Missing, detail: str) -> Continuation:
-        return Continuation(text=None, missing=reason, detail=detail, finish_reason=finish_reason)
-
-    if refusal or finish_reason == "content_filter":
-        return missing(Missing.REFUSED, f"refusal: {refusal[:200]}" if refusal else "stopped by a content filter")
-    if text and 2 * sum(_is_noise(c) for c in text) > len(text):
-        return missing(Missing.GARBAGE, f"mostly control or replacement characters: {text[:20]!r}")
-    repairs: list[str] = []
-    rest = _cut_echo(prefix, text, repairs) if may_echo else None
-    if rest is None and may_echo and is_chat:
-        text = _unwrap(prefix, text, repairs)
-        rest = _cut_echo(prefix, text, repairs)
-        rest = _cut_overlap(prefix, text, repairs) if rest is None else rest
-    if rest is None and may_echo and _is_cut_echo(prefix, text, at_least=MIN_OVERLAP if is_chat else 1):
-        return missing(Missing.GARBAGE, "the reply ended while it still repeated the prefix")
-    if rest is not None and not rest.strip() and is_chat:
-        return missing(Missing.GARBAGE, "the reply repeats the prefix and adds nothing")
-    joined = _restore_joint(prefix, text if rest is None else rest, repairs)
-    if joined.strip() or (joined and not is_chat):
-        is_exact = not is_chat or not prefix.strip()
-        return Continuation(text=joined, finish_reason=finish_reason, detail="; ".join(repairs), is_exact=is_exact)
-    if not is_chat and prefix and finish_reason == "stop":
-        return Continuation(text="", finish_reason=finish_reason, detail="the teacher ended the answer here")
-    return missing(Missing.EMPTY, f"no text, finish_reason {finish_reason!r}")
-
-
-def _is_noise(character: str) -> bool:
-    return character == "\N{REPLACEMENT CHARACTER}" or (ord(character) < 32 and character not in "\n\t\r")
-
-
-def _cut_echo(prefix: str, text: str, repairs: list[str]) -> str | None:
-    """Return what follows the whole prefix, held-back whitespace included, when the text begins with it."""
-    sent = sent_prefix(prefix)
-    if not text.startswith(sent):
-        return None
-    repairs.append("echo of the prefix cut")
-    return text[len(sent) :]
-
-
-def _is_cut_echo(prefix: str, text: str, *, at_least: int) -> bool:
-    bare = text.strip()
-    return len(bare) >= at_least and prefix.startswith(bare)
-
-
-def _cut_overlap(prefix: str, text: str, repairs: list[str]) -> str | None:
-    """Return what follows the longest end of the prefix that the text begins with, else None."""
-    sent = sent_prefix(prefix)
-    for size in range(min(len(sent), len(text)), MIN_OVERLAP - 1, -1):
-        if sent.endswith(text[:size]):
-            repairs.append(f"echo of the last {size} characters cut")
-            return text[size:]
-    return None
-
-
-def _unwrap(prefix: str, text: str, repairs: list[str]) -> str:
-    """Take off tags, a code fence or quotes around the whole text, unless the prefix left them open."""
-    bare = text.strip()
-    for tag in _TAGS:
-        if tag in bare and tag not in prefix:
-            bare = bare.removeprefix(tag).removesuffix(tag)
-            repairs.append(f"{tag} taken off")
-    if prefix.count("```") % 2 == 0 and (fenced := _FENCE.match(bare)):
-        repairs.append("code fence taken off")
-        return fenced.group(1)
-    closing = _QUOTES.get(bare[:1])
-    if (
-        closing
-        and len(bare) > 2
-        and bare.endswith(closing)
-        and closing not in bare[1:-1]
-        and not _ends_in_quote(prefix)
-    ):
-        repairs.append("quotes taken off")
-        return bare[1:-1]
-    return bare if bare != text.strip() else text
-
-
-def _ends_in_quote(prefix: str) -> bool:
-    return prefix.count('"') % 2 == 1
-
-
-def _restore_joint(prefix: str, text: str, repairs: list[str]) -> str:
-    """Take the whitespace that was held back from the prefix off the head of the text."""
-    held_back = prefix[len(sent_prefix(prefix)) :]
-    size = 0
-    while size < min(len(held_back), len(text)) and held_back[size] == text[size]:
-        size += 1
-    if size < len(held_back) and text:
-        repairs.append("whitespace at the joint differs")
-    return text[size:]
+def _whitespace_in_words(held_back: str) -> str:
+    return {" ": "a space", "\n": "a line break", "\n\n": "an empty line"}.get(held_back, json.dumps(held_back))

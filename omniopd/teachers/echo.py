@@ -7,8 +7,7 @@ import random
 from collections.abc import Sequence
 from typing import Any
 
-from omniopd.teachers.base import ContinuationRequest, TeacherAnswer
-from omniopd.teachers.ledger import Record, Reply
+from omniopd.teachers.base import Bound, ContinuationRequest, Reply, TeacherAnswer, Till
 from omniopd.types import Continuation, Usage
 
 _FILLER = ("so", "the", "next", "step", "is", "then")
@@ -33,28 +32,35 @@ class EchoTeacher:
         return True
 
     @property
+    def reads_token_ids(self) -> bool:
+        return False
+
+    @property
     def fingerprint(self) -> dict[str, Any]:
         """All that shapes an answer besides the request, for the ledger's key."""
         return {"teacher": self._id}
 
     async def continuations(
-        self, requests: Sequence[ContinuationRequest], *, record: Record | None = None
+        self, requests: Sequence[ContinuationRequest], *, till: Till | None = None
     ) -> list[TeacherAnswer]:
         """Answer every request, in order."""
         answers = []
         for position, request in enumerate(requests):
+            num_words = sum(len(m.content.split()) for m in request.messages) + len(request.prefix.split())
+            bound = Bound(tokens=num_words + request.n * request.max_tokens, usd=0.0)
+            order = await till.order(bound) if till is not None else None
             samples = tuple(self._write(request, i) for i in range(request.n))
             usage = Usage(
                 requests=1,
-                input_tokens=sum(len(m.content.split()) for m in request.messages) + len(request.prefix.split()),
+                input_tokens=num_words,
                 output_tokens=sum(len((c.text or "").split()) for c in samples),
                 cost_usd=0.0,
             )
-            if record is not None:
+            if order is not None:
                 replies = [
                     Reply(position=position, sample=i, raw=c.text or "", continuation=c) for i, c in enumerate(samples)
                 ]
-                record(replies, usage, 0.0)
+                await order.settle(replies, usage, 0.0)
             answers.append(TeacherAnswer(continuations=samples, usage=usage))
         return answers
 

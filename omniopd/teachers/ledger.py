@@ -5,350 +5,357 @@ SQLite in WAL mode; several processes may share a file. Prompts are stored as ha
 
 from __future__ import annotations
 
-import hashlib
+import asyncio
+import itertools
 import json
 import sqlite3
+import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
-from typing import Any, Protocol, Self
+from typing import Any, TypeVar
 
-from omniopd.errors import ConfigError, RunError, TeacherBudgetError
-from omniopd.teachers.base import ContinuationRequest, Teacher, TeacherAnswer
-from omniopd.teachers.cards import ModelPrice
-from omniopd.types import Continuation, Missing, Usage
+from omniopd.errors import OmniOPDError, RunError
+from omniopd.teachers.base import Bound, Reply
+from omniopd.teachers.budget import UNLIMITED, Budget
+from omniopd.teachers.group_commit import GroupCommit, Kind
+from omniopd.teachers.ledger_entries import Bill, Claim, Claimed, InFlight, Ordered, Wish
+from omniopd.teachers.ledger_queries import (
+    INSERT_CALLS,
+    INSERT_CLAIMS,
+    INSERT_ORDERS,
+    INSERT_SAMPLES,
+    POSSIBLE,
+    SPENT,
+    RunningSums,
+    Samples,
+    bury,
+    delete_claims,
+    delete_orders,
+    find_samples,
+    insert_rows,
+)
+from omniopd.teachers.ledger_schema import connect
+from omniopd.teachers.owners import Owner, is_alive, live_owners, owners_folder
+from omniopd.types import Usage
 
-_SCHEMA = """
-CREATE TABLE IF NOT EXISTS calls (
-    id INTEGER PRIMARY KEY,
-    time REAL NOT NULL,
-    seconds REAL NOT NULL,
-    teacher TEXT NOT NULL,
-    requests INTEGER NOT NULL,
-    input_tokens INTEGER NOT NULL,
-    output_tokens INTEGER NOT NULL,
-    cost_usd REAL
-);
-CREATE TABLE IF NOT EXISTS samples (
-    key TEXT NOT NULL,
-    sample INTEGER NOT NULL,
-    call INTEGER NOT NULL REFERENCES calls (id),
-    raw TEXT NOT NULL,
-    continuation TEXT NOT NULL,
-    PRIMARY KEY (key, sample)
-) WITHOUT ROWID;
-"""
-_VERSION = 1
-_KEYS_PER_QUERY = 500
-# These say that nothing was answered; every other reason is an answer that was paid for.
-_UNANSWERED = frozenset({Missing.FAILED, Missing.TIMEOUT, Missing.BUDGET})
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Reply:
-    """One sample as it came off the wire, and what was made of it."""
-
-    position: int
-    """Which of the requests of the call."""
-    sample: int
-    """0..n-1 of that request."""
-    raw: str
-    continuation: Continuation
-
-
-Record = Callable[[Sequence[Reply], Usage, float], None]
-"""Called once for each HTTP response (or final failure) with its samples, its bill and its seconds."""
-
-
-class RecordedTeacher(Teacher, Protocol):
-    """A teacher that reports each response as it arrives."""
-
-    @property
-    def exact_samples(self) -> bool:
-        """Whether asking the same request again gives the same samples."""
-        ...
-
-    @property
-    def fingerprint(self) -> Mapping[str, Any]:
-        """All that shapes an answer besides the request."""
-        ...
-
-    async def continuations(
-        self, requests: Sequence[ContinuationRequest], *, record: Record | None = None
-    ) -> list[TeacherAnswer]: ...
+T = TypeVar("T")
+_COUNTS = (
+    *("requests", "unanswered_requests", "input_tokens", "output_tokens"),
+    *("cached_input_tokens", "cache_write_tokens", "reasoning_tokens"),
+)
+PATIENCE_S = 600.0
+_FIRST_WAIT_S, _LONGEST_WAIT_S = 0.005, 0.25
 
 
 class Ledger:
     """The store of answers and bills.
 
     `:memory:` keeps it for the life of the object. A closed file is opened again by the next call. Calls may come from
-    different threads, one at a time. Raises RunError when the file is no ledger or cannot be written.
+    several threads and event loops. All writes go through one thread, which commits together what arrives together:
+    an answer is acknowledged once it is on the disk. Raises RunError when the file is no ledger, cannot be written, or
+    is locked by another process for a minute.
     """
 
     def __init__(self, path: Path | str) -> None:
         self.path = str(path)
-        self._open: sqlite3.Connection | None = None
-        self._connect()
+        self._gate = threading.Lock()
+        self._read_lock = threading.Lock()
+        self._reader: sqlite3.Connection | None = None
+        self._writer: GroupCommit | None = None
+        self._writer_db: sqlite3.Connection | None = None
+        self._owner: Owner | None = None
+        self._numbers = itertools.count(1)
+        self._held: set[str] = set()
+        self._funds = RunningSums()
+        # What was settled or released counts before anything else is claimed or ordered.
+        self._releases = Kind(self._release, rank=0)
+        # Nobody waits for these, so their bills may stand in the same transaction: they go before them.
+        self._free_orders = Kind(self._reserve, rank=1)
+        self._bills = Kind(self._settle, rank=2, is_durable=True)
+        self._claims = Kind(self._claim, rank=3)
+        self._orders = Kind(self._reserve, rank=4)
+        with self._read_lock:
+            self._open_reader()
+
+    # Reading.
+
+    def find(self, keys: Sequence[str]) -> Samples:
+        """Return the stored samples of each key, by sample number; keys without any are left out."""
+        return self._read(lambda db: find_samples(db, keys)) if keys else {}
+
+    def spent(self) -> Usage:
+        """Sum the bills of all calls. The cost is None as soon as one of them is unknown.
+
+        Requests that were never answered are counted and cost nothing here: see `possible`.
+        """
+        row = self._read(lambda db: db.execute(SPENT).fetchone())
+        *counts, cost, is_unknown = row
+        counted = {name: int(count) for name, count in zip(_COUNTS, counts, strict=True)}
+        return Usage(**counted, cost_usd=None if is_unknown else cost)
+
+    def possible(self) -> tuple[float | None, int]:
+        """Return the USD and tokens that may have been billed besides, at most, for requests that were never answered.
+
+        The USD are None when nobody can bound them: a price was unknown.
+        """
+        usd, tokens, is_unknown = self._read(lambda db: db.execute(POSSIBLE).fetchone())
+        lost = [order.bound for order in self.in_flight() if not order.is_alive]
+        is_unknown = is_unknown or any(bound.usd is None for bound in lost)
+        tokens = int(tokens) + sum(bound.tokens for bound in lost)
+        return None if is_unknown else usd + sum(bound.usd or 0.0 for bound in lost), tokens
+
+    def in_flight(self) -> list[InFlight]:
+        """Return the requests under way of all processes, and those of dead ones that nobody has tidied up yet."""
+        rows = self._read(
+            lambda db: db.execute("SELECT owner, teacher, time, tokens, usd FROM orders ORDER BY time").fetchall()
+        )
+        alive = {owner: self._knows_alive(owner) for owner in {row[0] for row in rows}}
+        return [
+            InFlight(owner=owner, teacher=teacher, time=at, bound=Bound(tokens=tokens, usd=usd), is_alive=alive[owner])
+            for owner, teacher, at, tokens, usd in rows
+        ]
+
+    @property
+    def commits(self) -> int:
+        """Transactions that were written since the file was opened."""
+        return self._writer.commits if self._writer else 0
+
+    @property
+    def flushes(self) -> int:
+        """Of these, those that waited for the disk."""
+        return self._writer.flushes if self._writer else 0
+
+    # Writing.
+
+    async def claim(self, keys: Sequence[str]) -> Claimed:
+        """Claim keys to ask for, those that no live owner holds; release them afterwards.
+
+        A key is held once, also within this process. What is granted is looked up again, so that an answer that came
+        in before the claim is not bought again.
+        """
+        claim = Claim(tuple(keys))
+        try:
+            return await self._start().write(self._claims, claim)
+        except BaseException:
+            # Cancelled, it may be granted by now or soon; the writer fills it in before it gets to the release.
+            self._start().run_later(lambda db: self._release(db, [claim.granted]))
+            raise
+
+    def release(self, keys: Iterable[str]) -> None:
+        """Give granted claims up. Does not wait."""
+        if keys := list(keys):
+            self._start().write_later(self._releases, keys)
+
+    async def order(
+        self, bound: Bound, *, teacher_id: str, budget: Budget = UNLIMITED, max_wait_s: float = PATIENCE_S
+    ) -> Ordered:
+        """Reserve the bound for one HTTP request, against all that was ever spent and all that is under way anywhere.
+
+        Waits for a while if the budget covers what is spent but not what is under way besides: bounds are high, and
+        most answers turn out cheaper.
+
+        Raises:
+            TeacherBudgetError: the budget does not cover it.
+            ConfigError: a budget in USD, and a price or a bill that is unknown.
+        """
+        order = Ordered(next(self._numbers), teacher_id, bound)
+        if not budget.is_limited:
+            # Nothing can refuse it, and it stands in the queue before its own bill: no need to wait for the writer. A
+            # process killed in these milliseconds leaves no note of it, which without a limit is only a count.
+            self._start().write_later(self._free_orders, Wish(order, budget, 0.0))
+            return order
+        wait_s, deadline = _FIRST_WAIT_S, time.monotonic() + max_wait_s
+        try:
+            while not await self._start().write(self._orders, Wish(order, budget, deadline)):
+                await asyncio.sleep(wait_s)
+                wait_s = min(2 * wait_s, _LONGEST_WAIT_S)
+        except asyncio.CancelledError:
+            # It may be reserved already; it was certainly not sent.
+            self._start().run_later(lambda db: delete_orders(db, self._known_owner().id, [order.id]))
+            raise
+        return order
+
+    async def settle(
+        self, order: Ordered, samples: Sequence[tuple[str, int, Reply]], usage: Usage, seconds: float
+    ) -> None:
+        """Write one bill and its samples, by key and sample number; they are on the disk when this returns.
+
+        A sample that is there already stays as it is; the bill counts all the same. It is written also when the wait
+        for it is cancelled.
+        """
+        await self._start().write(self._bills, Bill.of(order, samples, usage, seconds))
+
+    def give_up(self, order: Ordered) -> None:
+        """Settle a request whose answer nobody will see: its bound counts as possibly spent. Does not wait."""
+        usage = Usage(requests=1, unanswered_requests=1, cost_usd=None if order.bound.usd is None else 0.0)
+        self._start().write_later(self._bills, Bill.of(order, (), usage, 0.0))
+
+    def add(self, teacher_id: str, samples: Sequence[tuple[str, int, Reply]], usage: Usage, seconds: float) -> None:
+        """Write a bill that had no order, and its samples. Blocks until they are on the disk."""
+        bill = Bill.of(Ordered(0, teacher_id, Bound(tokens=0)), samples, usage, seconds)
+        self._start().write_now(self._bills, bill).result()
+
+    def remember_teacher(self, teacher_id: str, fingerprint: Mapping[str, Any], *, reads_token_ids: bool) -> None:
+        """Write down what answers from this ledger depend on, so that they can be replayed. Does not wait."""
+        row = (teacher_id, fingerprint_text(fingerprint), reads_token_ids)
+        self._start().run_later(lambda db: db.execute("INSERT OR REPLACE INTO teachers VALUES (?, ?, ?)", row))
+
+    def close(self) -> None:
+        """Write what is queued and close the file. Safe to call twice."""
+        with self._gate:
+            writer, self._writer = self._writer, None
+            if writer is not None:
+                writer.run_later(lambda db: bury(db, self._known_owner().id), is_durable=True)
+                writer.close()
+                self._known_owner().close()
+                if self._writer_db is not None and self.path != ":memory:":
+                    self._writer_db.close()
+            self._owner = self._writer_db = None
+            self._held.clear()
+            self._funds = RunningSums()
+        with self._read_lock:
+            if self._reader is not None and self.path != ":memory:":
+                self._reader.close()
+                self._reader = None
+
+    # In the writer's thread, within a transaction.
+
+    def _claim(self, db: sqlite3.Connection, claims: Sequence[Claim]) -> list[Claimed]:
+        owner = self._known_owner()
+        for claim in claims:
+            self._held.difference_update(claim.granted)  # Of a transaction that was undone.
+            claim.granted.clear()
+        rows = [(key, owner.id) for claim in claims for key in claim.keys]
+        taken = {key for (key,) in insert_rows(db, INSERT_CLAIMS, rows, "RETURNING key")}
+        for claim in claims:
+            for key in claim.keys:
+                if key not in self._held and (key in taken or self._take(key, owner, db)):
+                    claim.granted.append(key)
+                    self._held.add(key)
+        found = find_samples(db, [key for claim in claims for key in claim.granted])
+        return [
+            Claimed(granted=frozenset(c.granted), found={key: found[key] for key in c.granted if key in found})
+            for c in claims
+        ]
+
+    def _take(self, key: str, owner: Owner, db: sqlite3.Connection) -> bool:
+        """Take a key that nobody alive holds."""
+        while not insert_rows(db, INSERT_CLAIMS, [(key, owner.id)], "RETURNING key"):
+            (other,) = db.execute("SELECT owner FROM claims WHERE key = ?", (key,)).fetchone()
+            if other == owner.id:
+                return True  # Nobody here holds it: its release could not be written.
+            if owner.knows_alive(other):
+                return False
+            bury(db, other)
+        return True
+
+    def _release(self, db: sqlite3.Connection, released: Sequence[Sequence[str]]) -> list[None]:
+        keys = [key for part in released for key in part]
+        self._held.difference_update(keys)
+        delete_claims(db, self._known_owner().id, keys)
+        return [None] * len(released)
+
+    def _reserve(self, db: sqlite3.Connection, wishes: Sequence[Wish]) -> list[bool | OmniOPDError]:
+        is_covered: list[bool | OmniOPDError] = []
+        rows: list[tuple[Any, ...]] = []
+        for wish in wishes:
+            order = wish.order
+            try:
+                if wish.budget.is_limited:
+                    insert_rows(db, INSERT_ORDERS, rows)  # Those before it are under way as well.
+                    rows.clear()
+                is_covered.append(self._covers(wish, db))
+            except OmniOPDError as error:
+                is_covered.append(error)
+            if is_covered[-1] is True:
+                bound = order.bound
+                rows.append((self._known_owner().id, order.id, order.teacher_id, time.time(), bound.tokens, bound.usd))
+        insert_rows(db, INSERT_ORDERS, rows)
+        return is_covered
+
+    def _covers(self, wish: Wish, db: sqlite3.Connection) -> bool:
+        if not wish.budget.is_limited:
+            return True
+        covers = partial(wish.budget.covers, wish.order.bound, teacher_id=wish.order.teacher_id)
+        may_wait = time.monotonic() < wish.deadline
+        if covers(self._funds.read(db), may_wait=may_wait):
+            return True
+        self._bury_the_dead(db)  # Theirs is not under way, and nothing to wait for.
+        return covers(self._funds.read(db), may_wait=may_wait)
+
+    def _settle(self, db: sqlite3.Connection, bills: Sequence[Bill]) -> list[None]:
+        delete_orders(db, self._known_owner().id, [bill.order for bill in bills])
+        (last,) = db.execute("SELECT ifnull(MAX(id), 0) FROM calls").fetchone()
+        numbered = list(enumerate(bills, start=last + 1))
+        insert_rows(db, INSERT_CALLS, [(call, *bill.amounts) for call, bill in numbered])
+        samples = [(key, i, call, *texts) for call, bill in numbered for key, i, *texts in bill.samples]
+        insert_rows(db, INSERT_SAMPLES, samples)
+        return [None] * len(bills)
+
+    def _bury_the_dead(self, db: sqlite3.Connection) -> None:
+        owner = self._known_owner()
+        for (other,) in db.execute("SELECT owner FROM orders UNION SELECT owner FROM claims").fetchall():
+            if not owner.knows_alive(other):
+                bury(db, other)
+
+    # Connections.
+
+    def _start(self) -> GroupCommit:
+        with self._gate:
+            if self._writer is None:
+                if self.path == ":memory:":
+                    db, lock = self._open_reader(), self._read_lock
+                else:
+                    db, lock = self._connect(), threading.Lock()
+                try:
+                    self._owner = Owner(None if self.path == ":memory:" else self.path)
+                    live_owners(self.path)  # Removes what the dead left.
+                except OSError as error:
+                    db.close()
+                    raise RunError(f"cannot lock the ledger {self.path}: {error}; is the disk full?") from error
+                self._writer_db = db
+                self._writer = GroupCommit(db, lock, explain=self._explain, on_rollback=self._forget)
+                self._writer.run_later(self._bury_the_dead)
+            return self._writer
+
+    def _read(self, run: Callable[[sqlite3.Connection], T]) -> T:
+        with self._read_lock:
+            try:
+                return run(self._open_reader())
+            except sqlite3.Error as error:
+                raise RunError(f"cannot read the ledger {self.path}: {error}; is the disk in order?") from error
+
+    def _open_reader(self) -> sqlite3.Connection:
+        if self._reader is None:
+            self._reader = self._connect()
+        return self._reader
 
     def _connect(self) -> sqlite3.Connection:
-        if self._open is not None:
-            return self._open
         try:
-            if self.path != ":memory:":
-                Path(self.path).parent.mkdir(parents=True, exist_ok=True)
-            db = sqlite3.connect(self.path, timeout=60.0, isolation_level=None, check_same_thread=False)
-            try:
-                self._prepare(db)
-            except BaseException:
-                db.close()
-                raise
+            return connect(self.path)
         except (sqlite3.Error, OSError) as error:
             raise RunError(
                 f"cannot open the ledger {self.path}: {error}; is it a ledger, and is the disk full?"
             ) from error
-        self._open = db
-        return db
 
-    def _prepare(self, db: sqlite3.Connection) -> None:
-        db.execute("PRAGMA journal_mode=WAL")
-        # An answer must survive a power cut, not just a crash of the process: it was paid for.
-        db.execute("PRAGMA synchronous=FULL")
-        (version,) = db.execute("PRAGMA user_version").fetchone()
-        if version not in (0, _VERSION):
-            raise RunError(
-                f"the ledger {self.path} has version {version}, this omniopd reads {_VERSION}; use a new file"
-            )
-        if version == 0:
-            db.executescript(f"BEGIN IMMEDIATE;{_SCHEMA}PRAGMA user_version={_VERSION};COMMIT;")
+    def _known_owner(self) -> Owner:
+        assert self._owner is not None, "the writer runs only while the owner is known"
+        return self._owner
 
-    def find(self, keys: Sequence[str]) -> dict[str, dict[int, Continuation]]:
-        """Return the stored samples of each key, by sample number; keys without any are left out."""
-        found: dict[str, dict[int, Continuation]] = {}
-        db = self._connect()
-        for start in range(0, len(keys), _KEYS_PER_QUERY):
-            part = keys[start : start + _KEYS_PER_QUERY]
-            marks = ",".join("?" * len(part))
-            rows = db.execute(f"SELECT key, sample, continuation FROM samples WHERE key IN ({marks})", part)
-            for key, sample, stored in rows:
-                found.setdefault(key, {})[sample] = Continuation.from_json(json.loads(stored))
-        return found
+    def _knows_alive(self, owner: str) -> bool:
+        if self._owner is not None:
+            return self._owner.knows_alive(owner)
+        return self.path != ":memory:" and is_alive(owners_folder(self.path), owner)
 
-    def add(self, teacher_id: str, samples: Sequence[tuple[str, int, Reply]], usage: Usage, seconds: float) -> None:
-        """Write one response, bill and samples together, and return once it is on disk.
+    def _forget(self) -> None:
+        self._funds = RunningSums()
 
-        A sample that is there already stays as it is; the bill counts all the same.
-        """
-        db = self._connect()
-        try:
-            db.execute("BEGIN IMMEDIATE")
-            try:
-                call = db.execute(
-                    "INSERT INTO calls (time, seconds, teacher, requests, input_tokens, output_tokens, cost_usd) "
-                    "VALUES (?, ?, ?, ?, ?, ?, ?)",
-                    (
-                        time.time(),
-                        seconds,
-                        teacher_id,
-                        usage.requests,
-                        usage.input_tokens,
-                        usage.output_tokens,
-                        usage.cost_usd,
-                    ),
-                ).lastrowid
-                db.executemany(
-                    "INSERT OR IGNORE INTO samples (key, sample, call, raw, continuation) VALUES (?, ?, ?, ?, ?)",
-                    [(key, i, call, r.raw, json.dumps(r.continuation.to_json())) for key, i, r in samples],
-                )
-            except BaseException:
-                db.execute("ROLLBACK")
-                raise
-            db.execute("COMMIT")
-        except sqlite3.Error as error:
-            raise RunError(f"cannot write to the ledger {self.path}: {error}; free the disk, then --resume") from error
-
-    def spent(self) -> Usage:
-        """Sum the bills of all calls. The cost is None as soon as one of them is unknown."""
-        requests, inputs, outputs, cost, unknown = (
-            self._connect()
-            .execute(
-                "SELECT TOTAL(requests), TOTAL(input_tokens), TOTAL(output_tokens), SUM(cost_usd), "
-                "TOTAL(cost_usd IS NULL AND requests > 0) FROM calls"
-            )
-            .fetchone()
-        )
-        return Usage(
-            requests=int(requests),
-            input_tokens=int(inputs),
-            output_tokens=int(outputs),
-            cost_usd=None if unknown else cost,
-        )
-
-    def close(self) -> None:
-        """Close the file. Safe to call twice."""
-        if self._open is not None and self.path != ":memory:":
-            self._open.close()
-            self._open = None
+    def _explain(self, error: sqlite3.Error) -> RunError:
+        return RunError(f"cannot write to the ledger {self.path}: {error}; free the disk, then --resume")
 
 
-class Ledgered:
-    """Put a ledger, and a budget if there is one, in front of a teacher.
-
-    What the ledger holds is not asked again; what is missing is asked for alone. A teacher with exact samples is asked
-    for the whole request again and gives the same text; any other gets a seed of its own for the rest. Failed samples
-    are not stored. The budget is checked before anything is sent, with the highest price that the call can have.
-
-    Args:
-        teacher: who answers.
-        ledger: its file is closed with the teacher.
-        price: needed with a budget.
-        budget_usd: for all calls in the ledger together, earlier runs included.
-    """
-
-    def __init__(
-        self,
-        teacher: RecordedTeacher,
-        ledger: Ledger,
-        *,
-        price: ModelPrice | None = None,
-        budget_usd: float | None = None,
-    ) -> None:
-        if budget_usd is not None and price is None:
-            raise ConfigError(
-                f"budget_usd is {budget_usd} but the price of {teacher.id} is unknown; put price.as_of and "
-                f"price.models into ./teachers/{teacher.id.partition(':')[0]}.yaml, or leave the budget out"
-            )
-        if budget_usd is not None and ledger.spent().cost_usd is None and ledger.spent().requests:
-            raise ConfigError(
-                f"budget_usd is {budget_usd} but the ledger {ledger.path} holds calls of unknown cost; use a new ledger"
-            )
-        self._teacher = teacher
-        self._ledger = ledger
-        self._price = price
-        self._budget_usd = budget_usd
-        self._reserved_usd = 0.0
-
-    @property
-    def id(self) -> str:
-        """The teacher's."""
-        return self._teacher.id
-
-    async def continuations(self, requests: Sequence[ContinuationRequest]) -> list[TeacherAnswer]:
-        """Answer every request, in order, from the ledger where it can.
-
-        Raises what the teacher raises, and TeacherBudgetError before a call that could exceed the budget.
-        """
-        marks = json.dumps(self._teacher.fingerprint, sort_keys=True)
-        keys = [request_key(marks, request) for request in requests]
-        wanted: dict[str, ContinuationRequest] = {}
-        for key, request in zip(keys, requests, strict=True):
-            wanted[key] = max(wanted.get(key, request), request, key=lambda r: r.n)
-        known = self._ledger.find(list(wanted))
-        is_exact = self._teacher.exact_samples
-        plan = [_Gap.of(key, request, known.get(key, {}), is_exact) for key, request in wanted.items()]
-        gaps = [gap for gap in plan if gap is not None]
-        asked = await self._ask(gaps) if gaps else []
-        fresh: dict[str, TeacherAnswer] = {}
-        for gap, answer in zip(gaps, asked, strict=True):
-            fresh[gap.key] = answer
-            samples = known.setdefault(gap.key, {})
-            for i, continuation in enumerate(answer.continuations):
-                if (index := gap.index_of(i)) is not None:
-                    samples.setdefault(index, continuation)
-        answers = []
-        for key, request in zip(keys, requests, strict=True):
-            paid = fresh.pop(key, None)
-            answers.append(
-                TeacherAnswer(
-                    continuations=tuple(known[key][i] for i in range(request.n)),
-                    usage=paid.usage if paid else Usage(cached_requests=1),
-                    seconds=paid.seconds if paid else 0.0,
-                )
-            )
-        return answers
-
-    async def aclose(self) -> None:
-        """Close the teacher's connections and the ledger's file. Safe to call twice; a later request opens them."""
-        self._ledger.close()
-        await self._teacher.aclose()
-
-    async def _ask(self, gaps: list[_Gap]) -> list[TeacherAnswer]:
-        def record(replies: Sequence[Reply], usage: Usage, seconds: float) -> None:
-            rows = []
-            for reply in replies:
-                gap = gaps[reply.position]
-                index = gap.index_of(reply.sample)
-                if index is not None and reply.continuation.missing not in _UNANSWERED:
-                    rows.append((gap.key, index, reply))
-            self._ledger.add(self.id, rows, usage, seconds)
-
-        estimate = self._reserve([gap.request for gap in gaps])
-        try:
-            return await self._teacher.continuations([gap.request for gap in gaps], record=record)
-        finally:
-            self._reserved_usd -= estimate
-
-    def _reserve(self, requests: list[ContinuationRequest]) -> float:
-        if self._budget_usd is None or self._price is None:
-            return 0.0
-        estimate = sum(highest_cost_usd(request, self._price) for request in requests)
-        spent = self._ledger.spent().cost_usd or 0.0
-        if spent + self._reserved_usd + estimate > self._budget_usd:
-            raise TeacherBudgetError(
-                f"the budget of {self._budget_usd:.4f} USD does not cover the next {len(requests)} requests to "
-                f"{self.id}: spent {spent:.4f}, under way {self._reserved_usd:.4f}, these may cost {estimate:.4f}; "
-                "raise teacher.budget_usd and run again with --resume"
-            )
-        self._reserved_usd += estimate
-        return estimate
-
-
-@dataclass(frozen=True, slots=True)
-class _Gap:
-    """What the ledger lacks of one request, and the request that fetches it."""
-
-    key: str
-    request: ContinuationRequest
-    missing: tuple[int, ...]
-    is_whole: bool
-    """`request` asks for all samples, not only for the missing ones."""
-
-    @classmethod
-    def of(
-        cls, key: str, request: ContinuationRequest, known: Mapping[int, Continuation], is_exact: bool
-    ) -> Self | None:
-        missing = tuple(i for i in range(request.n) if i not in known)
-        if not missing:
-            return None
-        if is_exact or len(missing) == request.n:
-            return cls(key, request, missing, True)
-        # With the same seed a server would give the samples again that are there already.
-        seed = None if request.seed is None else (request.seed * 1_000_003 + missing[0]) % 2**31
-        return cls(key, replace(request, n=len(missing), seed=seed), missing, False)
-
-    def index_of(self, sample: int) -> int | None:
-        """Return the sample number in the ledger of a sample of `request`; None when it is there already."""
-        if not self.is_whole:
-            return self.missing[sample]
-        return sample if sample in self.missing else None
-
-
-def request_key(fingerprint: str, request: ContinuationRequest) -> str:
-    """Hash what a sample depends on. The number of samples is not part of it: each has its own row."""
-    asked = {k: v for k, v in request.to_json().items() if k != "n"}
-    canonical = json.dumps([fingerprint, asked], sort_keys=True, ensure_ascii=False, separators=(",", ":"))
-    return hashlib.sha256(canonical.encode("utf-8", "surrogatepass")).hexdigest()
-
-
-def highest_cost_usd(request: ContinuationRequest, price: ModelPrice) -> float:
-    """Bound what a request can cost from above: a token for each byte sent, all samples at full length.
-
-    Samples are priced as if each paid for the prompt, which is so where a server has no `n`.
-    """
-    sent = sum(len(m.content.encode("utf-8", "replace")) + 8 for m in request.messages)
-    sent += len(request.prefix.encode("utf-8", "replace")) + _INSTRUCTION_TOKENS
-    return price.cost_usd(sent * request.n, request.max_tokens * request.n)
-
-
-_INSTRUCTION_TOKENS = 256
-"""Room for a chat template and the instruction of the chat transport."""
+def fingerprint_text(fingerprint: Mapping[str, Any]) -> str:
+    """Return the canonical JSON of a teacher's fingerprint."""
+    return json.dumps(fingerprint, sort_keys=True)

@@ -1,4 +1,4 @@
-"""The OpenAI-compatible teacher against a scripted server: what it sends, what it makes of answers, what it costs."""
+"""A teacher behind HTTP against a scripted server: what it sends, what it makes of answers, what it pays."""
 
 from __future__ import annotations
 
@@ -8,23 +8,23 @@ from collections.abc import Sequence
 from typing import Any
 
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 
 from loopback import Loopback, Received, Scripted, chat, completion, error
 from omniopd.errors import (
     TeacherAuthError,
+    TeacherBudgetError,
     TeacherConnectionError,
     TeacherError,
     TeacherRateLimitError,
     TeacherResponseError,
 )
-from omniopd.teachers.base import ContinuationRequest, TeacherAnswer
+from omniopd.teachers.base import Bound, ContinuationRequest, Reply, TeacherAnswer, Till
 from omniopd.teachers.cards import Card, ModelPrice, find_card
-from omniopd.teachers.continuation import clean_continuation, continuation_messages, sent_prefix
-from omniopd.teachers.openai_compatible import OpenAITeacher
-from omniopd.teachers.retry import redact, server_wait_s
-from omniopd.types import Continuation, Message, Missing, Usage
+from omniopd.teachers.dialects import get_dialect
+from omniopd.teachers.limiter import Limiter
+from omniopd.teachers.plan import Plan
+from omniopd.teachers.remote import RemoteTeacher
+from omniopd.types import Message, Missing, Usage
 
 KEY = "sk-test-0123456789abcdef"
 PRICE = ModelPrice(input_usd_per_mtok=2.0, output_usd_per_mtok=8.0)
@@ -45,27 +45,55 @@ class Waits:
         self.seconds.append(seconds)
 
 
-def teacher(base_url: str, *, card: str | Card = "openai", transport: str = "chat", **settings: Any) -> OpenAITeacher:
-    return OpenAITeacher(
+def teacher(
+    base_url: str, *, card: str | Card = "openai", transport: str = "chat", model: str = "m", **settings: Any
+) -> RemoteTeacher:
+    whole = find_card(card) if isinstance(card, str) else card
+    asked = {name: settings.pop(name) for name in ("temperature", "top_p", "extra_body", "render") if name in settings}
+    plan = Plan(
         **{
-            "id": "test:m",
-            "model": "m",
+            "teacher_id": "test:m",
+            "model": model,
             "base_url": base_url,
-            "api_key": KEY,
-            "card": find_card(card) if isinstance(card, str) else card,
+            "card": whole.for_model(model),
+            "dialect": get_dialect(whole.dialect),
             "transport": transport,
             "render": lambda messages: "|".join(m.content for m in messages) + ">",
-            "price": PRICE,
-            "sleep": Waits(),
-            **settings,
+            **asked,
         }
     )
+    limiter = Limiter(max_in_flight=settings.pop("max_concurrency", 16))
+    return RemoteTeacher(plan, **{"api_key": KEY, "limiter": limiter, "price": PRICE, "sleep": Waits(), **settings})
 
 
-def run(one: OpenAITeacher, requests: Sequence[ContinuationRequest]) -> list[TeacherAnswer]:
+class Book:
+    """A till that remembers."""
+
+    def __init__(self, *, orders: int = 1_000) -> None:
+        self.left = orders
+        self.bounds: list[Bound] = []
+        self.bills: list[Usage] = []
+        self.samples: list[tuple[int, int]] = []
+        self.open = 0
+
+    async def order(self, bound: Bound) -> Book:
+        if not self.left:
+            raise TeacherBudgetError("the budget is spent")
+        self.left -= 1
+        self.open += 1
+        self.bounds.append(bound)
+        return self
+
+    async def settle(self, replies: Sequence[Reply], usage: Usage, seconds: float) -> None:
+        self.open -= 1
+        self.bills.append(usage)
+        self.samples += [(reply.position, reply.sample) for reply in replies]
+
+
+def run(one: RemoteTeacher, requests: Sequence[ContinuationRequest], till: Till | None = None) -> list[TeacherAnswer]:
     async def go() -> list[TeacherAnswer]:
         try:
-            return await one.continuations(requests)
+            return await one.continuations(requests, till=till)
         finally:
             await one.aclose()
             await one.aclose()
@@ -91,6 +119,7 @@ def test_chat_quotes_the_partial_answer_and_sends_every_setting() -> None:
         "n": 2,
         "seed": 11,
         "max_completion_tokens": 8,
+        "stop": ["</partial>"],
         "reasoning_effort": "none",
     }
     assert [m["role"] for m in sent.body["messages"]] == ["system", "user"]
@@ -202,7 +231,7 @@ def test_a_teacher_without_n_is_asked_once_for_each_sample() -> None:
 
 @pytest.mark.parametrize(
     ("headers", "wait"),
-    [({"retry-after": "7"}, 7.0), ({"retry-after-ms": "90000", "retry-after": "7"}, 90.0)],
+    [({"retry-after": "1"}, 1.0), ({"retry-after-ms": "600", "retry-after": "7"}, 0.6)],
 )
 def test_a_busy_server_is_waited_for_as_long_as_it_says(headers: dict[str, str], wait: float) -> None:
     waits = Waits()
@@ -246,7 +275,7 @@ def test_timeouts_and_broken_connections() -> None:
     with Loopback([Scripted(drop=True)]) as server:
         (answer,) = run(teacher(server.base_url, max_attempts=2), [ask()])
         assert answer.continuations[0].missing is Missing.FAILED
-        assert "broke" in answer.continuations[0].detail
+        assert "closed the connection" in answer.continuations[0].detail
 
 
 @pytest.mark.parametrize("raw", [b"{oops", b'{"choices": null}'])
@@ -277,7 +306,7 @@ def test_a_server_that_goes_away_later_costs_samples_and_not_the_run() -> None:
         assert texts(run(one, [ask()])[0]) == ["5"]
     (answer,) = run(one, [ask("Other")])
     assert answer.continuations[0].missing is Missing.FAILED
-    assert "no connection" in answer.continuations[0].detail
+    assert "connection refused" in answer.continuations[0].detail
 
 
 @pytest.mark.parametrize(
@@ -311,17 +340,10 @@ def test_a_redirect_is_not_followed() -> None:
 
 
 def test_no_more_requests_are_under_way_than_allowed() -> None:
-    scripted = chat("5")
-    slow = Scripted(body=scripted.body, delay_s=0.05)
+    slow = Scripted(body=chat("5").body, delay_s=0.05)
     with Loopback([slow]) as server:
         run(teacher(server.base_url, max_concurrency=3), [ask(str(i)) for i in range(9)])
     assert server.most_in_flight == 3
-    limited = find_card("openai").model_copy(
-        update={"limits": find_card("openai").limits.model_copy(update={"max_in_flight": 1})}
-    )
-    with Loopback([slow]) as server:
-        run(teacher(server.base_url, card=limited, max_concurrency=3), [ask(str(i)) for i in range(3)])
-    assert server.most_in_flight == 1
 
 
 def test_a_reported_cost_beats_the_price_and_no_price_is_unknown() -> None:
@@ -358,122 +380,105 @@ def test_what_shapes_answers_is_in_the_fingerprint() -> None:
     assert teacher("http://127.0.0.1:1/v1").fingerprint == teacher("http://127.0.0.1:2/v1").fingerprint
 
 
-def test_waits_are_read_from_headers() -> None:
-    assert server_wait_s({"retry-after-ms": "1500"}) == 1.5
-    assert server_wait_s({"retry-after": "Thu, 01 Jan 1970 00:01:40 GMT"}, now=lambda: 40.0) == 60.0
-    assert server_wait_s({"retry-after": "Thu, 01 Jan 1970 00:00:00 GMT"}, now=lambda: 40.0) == 0.0
-    assert server_wait_s({"retry-after": "soon"}) is None
-    assert server_wait_s({"retry-after": "inf"}) is None
-    assert server_wait_s({}) is None
+def test_each_attempt_is_ordered_first_and_settled_once() -> None:
+    book = Book()
+    with Loopback([error(500, "boom"), Scripted(drop=True), chat(" 5", " 6")]) as server:
+        (answer,) = run(teacher(server.base_url), [ask(n=2)], book)
+    assert texts(answer) == [" 5", " 6"]
+    assert (len(server.received), len(book.bounds), book.open) == (3, 3, 0)
+    assert [(bill.requests, bill.unanswered_requests, bill.cost_usd) for bill in book.bills] == [
+        (1, 0, 0.0),
+        (1, 1, 0.0),
+        (1, 0, pytest.approx(0.00006)),
+    ]
+    assert book.samples == [(0, 0), (0, 1)]
+    assert answer.usage == sum(book.bills, Usage())
+    sent = server.received[0].body
+    written = sum(len(m["content"]) + 8 for m in sent["messages"]) + 256
+    assert book.bounds[0] == Bound(tokens=written + 2 * 8, usd=pytest.approx((written * 2.0 + 2 * 8 * 8.0) / 1e6))
 
 
-def test_redaction_keeps_the_rest() -> None:
-    assert redact("Incorrect key: sk-abc***wxyz.", None) == "Incorrect key: [key]"
-    assert redact("a plain   message\nwith lines", "secret") == "a plain message with lines"
+def test_a_spent_budget_stops_the_call_after_what_is_under_way_is_written_down() -> None:
+    book = Book(orders=2)
+    with Loopback([chat(" 5")]) as server:
+        one = teacher(server.base_url, max_concurrency=2)
+        with pytest.raises(TeacherBudgetError, match="spent"):
+            run(one, [ask(str(i)) for i in range(6)], book)
+    assert len(server.received) == 2
+    assert (len(book.samples), book.open) == (2, 0)
 
 
-def clean(prefix: str, text: str, transport: str = "chat", **settings: Any) -> Continuation:
-    return clean_continuation(prefix, text, transport=transport, **{"finish_reason": "length", **settings})
+def test_an_interrupted_request_may_have_been_billed() -> None:
+    book = Book()
+
+    async def go(url: str) -> None:
+        one = teacher(url)
+        job = asyncio.create_task(one.continuations([ask()], till=book))
+        while not book.bounds:
+            await asyncio.sleep(0.01)
+        await asyncio.sleep(0.05)
+        job.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await job
+        await one.aclose()
+
+    with Loopback([Scripted(body=chat(" 5").body, delay_s=0.5)]) as server:
+        asyncio.run(go(server.base_url))
+    assert [bill.unanswered_requests for bill in book.bills] == [1]
 
 
-LONG = "First add the two numbers, which"
+def test_a_model_that_thinks_too_long_is_given_room_once() -> None:
+    thought = chat("", finish_reason="length", usage=(10, 8), completion_tokens_details={"reasoning_tokens": 8})
+    book = Book()
+    with Loopback([thought, chat(" 5"), chat(" 6")]) as server:
+        one = teacher(server.base_url)
+        (first,) = run(one, [ask()], book)
+        (second,) = run(one, [ask("Other")], book)
+    # 8 thought tokens and half as much again, and 256: 8 + 12 + 256.
+    assert [r.body["max_completion_tokens"] for r in server.received] == [8, 276, 276]
+    assert (texts(first), texts(second)) == ([" 5"], [" 6"])
+    assert (first.usage.requests, first.usage.reasoning_tokens) == (2, 8)
+    with Loopback([thought]) as server:
+        (answer,) = run(teacher(server.base_url), [ask()], book)
+    assert len(server.received) == 2
+    assert answer.continuations[0].missing is Missing.EMPTY
+    assert "thinking" in answer.continuations[0].detail
 
 
-@pytest.mark.parametrize(
-    ("prefix", "text", "expected"),
-    [
-        ("2 + 3 =", "2 + 3 = 5", " 5"),
-        (LONG, "two numbers, which gives 5", " gives 5"),
-        (LONG, " gives 5", " gives 5"),
-        (LONG, "which gives", "which gives"),
-        (LONG, "```\n gives 5\n```", " gives 5"),
-        (LONG, f"```text\n{LONG} gives 5\n```", " gives 5"),
-        (LONG, '" gives 5"', " gives 5"),
-        (LONG, "gives 5</partial>", "gives 5"),
-        (LONG, f"<partial>{LONG} gives 5</partial>", " gives 5"),
-        (LONG + ' "so', ' called" sum "5"', ' called" sum "5"'),
-        ("Answer: ", " 5", "5"),
-        ("Answer: ", "5", "5"),
-        ("Answer:", "5", "5"),
-        ("```python\n", "```\nx\n```", "```\nx\n```"),
-    ],
-)
-def test_chat_replies_are_repaired(prefix: str, text: str, expected: str) -> None:
-    assert clean(prefix, text).text == expected
+def test_the_longest_prefix_of_an_answer_goes_first_where_the_provider_caches_heads() -> None:
+    whole = find_card("openai")
+    cached = whole.model_copy(
+        update={"prompt_cache": whole.prompt_cache.model_copy(update={"mode": "automatic", "min_tokens": 8})}
+    )
+    prefixes = ["One two three", "One two three four five six", "Another answer, unrelated", "One two three four five"]
+    slow = Scripted(body=chat(" x").body, delay_s=0.05)
+    with Loopback([slow]) as server:
+        run(teacher(server.base_url, card=cached), [ask(prefix) for prefix in prefixes])
+    sent = [next(p for p in sorted(prefixes, key=len, reverse=True) if p in str(r.body)) for r in server.received]
+    assert set(sent[:2]) == {prefixes[1], prefixes[2]}
+    assert set(sent[2:]) == {prefixes[0], prefixes[3]}
+    with Loopback([slow]) as server:
+        started = [0.0]
+        run(teacher(server.base_url), [ask(prefix) for prefix in prefixes])
+        assert server.most_in_flight == 4, started
 
 
-def test_repairs_are_named() -> None:
-    assert clean(LONG, f"```\n{LONG} gives\n```").detail == "code fence taken off; echo of the prefix cut"
-    assert clean(LONG, "two numbers, which gives 5").detail == "echo of the last 18 characters cut"
-    assert clean(LONG, " gives 5").detail == ""
+def test_token_ids_are_sent_as_they_are() -> None:
+    import dataclasses
+
+    with Loopback([completion(" 5")]) as server:
+        one = teacher(server.base_url, card="vllm", transport="tokens")
+        request = dataclasses.replace(ask("The sum "), token_ids=(5, 6, 7))
+        (answer,) = run(one, [request])
+    assert server.received[0].body["prompt"] == [5, 6, 7]
+    assert one.reads_token_ids
+    # Nothing was held back, so nothing is taken off.
+    assert texts(answer) == [" 5"]
 
 
-@pytest.mark.parametrize(
-    ("prefix", "text", "settings", "reason"),
-    [
-        (LONG, "", {}, Missing.EMPTY),
-        (LONG, " \n", {"finish_reason": "stop"}, Missing.EMPTY),
-        (LONG, "", {"transport": "completions"}, Missing.EMPTY),
-        ("", "", {"transport": "completions", "finish_reason": "stop"}, Missing.EMPTY),
-        (LONG, "no", {"refusal": "I cannot help"}, Missing.REFUSED),
-        (LONG, "x", {"finish_reason": "content_filter"}, Missing.REFUSED),
-        (LONG, "\0\0\0a", {}, Missing.GARBAGE),
-        (LONG, "\N{REPLACEMENT CHARACTER}" * 3, {"transport": "completions"}, Missing.GARBAGE),
-        (LONG, LONG, {}, Missing.GARBAGE),
-        (LONG, LONG[:12], {}, Missing.GARBAGE),
-        (LONG, LONG[:12], {"transport": "prefill", "echoes_prefix": True}, Missing.GARBAGE),
-    ],
-)
-def test_unusable_replies_say_why(prefix: str, text: str, settings: dict[str, Any], reason: Missing) -> None:
-    cleaned = clean(prefix, text, **settings)
-    assert cleaned.missing is reason
-    assert cleaned.detail
-
-
-def test_a_teacher_that_stops_at_once_says_that_the_answer_is_complete() -> None:
-    for transport in ("completions", "prefill"):
-        cleaned = clean(LONG, "", transport, finish_reason="stop")
-        assert (cleaned.text, cleaned.missing) == ("", None)
-        assert cleaned.detail == "the teacher ended the answer here"
-    assert clean(LONG, LONG, "prefill", echoes_prefix=True, finish_reason="stop").text == ""
-
-
-# Short alphabets make repetitions, overlaps and whitespace at the joint frequent.
-TEXTS = st.text(alphabet='ab \n`"', max_size=40)
-
-
-@given(text=TEXTS, at=st.integers(0, 40), transport=st.sampled_from(["completions", "prefill"]))
-def test_raw_transports_give_back_the_rest_of_any_text(text: str, at: int, transport: str) -> None:
-    prefix, rest = text[:at], text[at:]
-    answer = text[len(sent_prefix(prefix)) :]
-    expected = None if not rest and not prefix else rest
-    assert clean(prefix, answer, transport, finish_reason="stop").text == expected
-
-
-@given(text=TEXTS, at=st.integers(0, 40), transport=st.sampled_from(["chat", "prefill"]))
-def test_echoed_answers_give_back_the_rest_of_any_text(text: str, at: int, transport: str) -> None:
-    prefix, rest = text[:at], text[at:]
-    if not prefix.strip() or not rest.strip():
-        return
-    assert clean(prefix, text, transport, echoes_prefix=True).text == rest
-
-
-def test_the_instruction_keeps_its_head_while_the_answer_grows() -> None:
-    system = (Message(role="system", content="Be brief."), *TASK)
-    short = continuation_messages(system, "The sum", max_tokens=8)
-    long = continuation_messages(system, "The sum is found ", max_tokens=8)
-    assert short[0] == long[0]
-    assert "Be brief." in short[0].content
-    head = "What is 2+3?\n\n<partial>The sum"
-    assert short[1].content.startswith(head) and long[1].content.startswith(head)
-    assert "does not end in whitespace" in short[1].content
-    assert "It ends in whitespace" in long[1].content
-    assert continuation_messages(TASK, " ", max_tokens=8) == TASK
-
-
-def test_only_a_chat_model_that_was_asked_to_go_on_is_not_exact() -> None:
-    assert clean("2+2=", "4", "completions").is_exact
-    assert clean("2+2=", "4", "prefill").is_exact
-    assert not clean("2+2=", "4", "chat").is_exact
-    # Without a prefix it was asked for its own answer, and the end of that is the end.
-    assert clean("", "4", "chat").is_exact
+def test_no_usage_in_an_answer_counts_as_perhaps_billed() -> None:
+    body = {name: value for name, value in chat(" 5").body.items() if name != "usage"}
+    with Loopback([Scripted(body=body)]) as server:
+        (answer,) = run(teacher(server.base_url), [ask()])
+    assert texts(answer) == [" 5"]
+    assert answer.usage.unanswered_requests == 1
