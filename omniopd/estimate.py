@@ -170,16 +170,17 @@ def _seconds(
     """Bound the time from below by the latency at full concurrency and by the rates that are allowed."""
     settings, limits = config.teacher, card.limits
     in_flight = min(settings.max_concurrency, limits.max_in_flight or settings.max_concurrency)
+    at_once = in_flight * card.can.batch_prompts
     rates = [r for r in (settings.requests_per_minute, limits.requests_per_minute) if r]
     token_rates = [r for r in (settings.tokens_per_minute, limits.tokens_per_minute) if r]
 
     def slowest(calls: Calls) -> float:
         waits = [60.0 * calls.requests / min(rates)] if rates else []
         waits += [60.0 * (calls.input_tokens + calls.output_tokens) / min(token_rates)] if token_rates else []
-        waits += [latency * math.ceil(calls.requests / in_flight)] if latency else []
+        waits += [latency * math.ceil(calls.requests / at_once)] if latency else []
         return max(waits)
 
     if latency is None and not rates and not token_rates:
         return None, f"unknown until it is measured: omniopd teachers check {settings.spec}"
-    source = f"{latency:.2f} s a request, {in_flight} at a time" if latency else "the allowed rate alone"
+    source = f"{latency:.2f} s a request, {at_once} at a time" if latency else "the allowed rate alone"
     return (slowest(low), slowest(high)), source

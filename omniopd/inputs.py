@@ -12,11 +12,11 @@ from omniopd.config import RunConfig, TeacherConfig
 from omniopd.errors import ConfigError, TeacherResponseError
 from omniopd.method import Method
 from omniopd.models import foreign_tokens, load_tokenizer, reads_alike, resolve_model, room_for_prompts
-from omniopd.run_folder import RunFolder, write_json_atomic
+from omniopd.run_folder import RunFolder, read_json, write_json_atomic
 from omniopd.spending import probe_cache, probe_key
 from omniopd.teachers.base import Teacher
 from omniopd.teachers.metered import MeteredTeacher
-from omniopd.teachers.probe import Encode, ProbeResult, describe_probe, probe_teacher, warnings_of
+from omniopd.teachers.probe import Encode, ProbeResult, probe_teacher, summarize_probe
 from omniopd.teachers.resolve import (
     LOCAL_DIALECTS,
     Target,
@@ -143,14 +143,21 @@ def open_text_teacher(
         if continuation != "auto":
             ways = (cast("Transport", continuation),)
         encode = prompt_encoder(tokenizer_path) if tokenizer_path is not None and "tokens" in ways else None
-        result = _probe(open_as, ways, target, spec, settings, encode)
+        result = _earlier_probe(folder, ways) or _probe(open_as, ways, target, spec, settings, encode)
         write_json_atomic(folder.probe, result.to_json())
         _check_probe(result, spec)
         assert result.chosen is not None
         continuation = result.chosen
-        told = describe_probe(result)
-        say(told if warnings_of(result) else told.partition("\n")[0] + f": asked by {continuation}")
+        say(summarize_probe(result))
     return MeteredTeacher(open_as(continuation))
+
+
+def _earlier_probe(folder: RunFolder, ways: Sequence[Transport]) -> ProbeResult | None:
+    """Return what the run found when it began: asked in another way, the teacher would not be the same."""
+    if folder.has_never_begun or not folder.probe.is_file():
+        return None
+    result = ProbeResult.from_json(read_json(folder.probe))
+    return result if result.chosen in ways else None
 
 
 def _probe(

@@ -20,6 +20,7 @@ from omniopd.teachers.probe import (
     choose,
     describe_probe,
     probe_teacher,
+    summarize_probe,
     warnings_of,
 )
 from omniopd.teachers.repair import Repair
@@ -149,9 +150,16 @@ def test_a_small_model_that_knows_nothing_keeps_the_preferred_way() -> None:
     def babble(request: ContinuationRequest, sample: int) -> Continuation:
         return Continuation(text=f" blah {sample}", finish_reason="length")
 
+    # A raw prompt goes on exactly by construction; a template may not.
     result = probe({"completions": Habits(babble), "prefill": Habits(babble)})
-    assert result.chosen == "completions"
+    assert (result.chosen, len(result.ways), warnings_of(result)) == ("completions", 1, [])
+    result = probe({"prefill": Habits(babble), "chat": Habits(babble)})
+    assert (result.chosen, len(result.ways)) == ("prefill", 2)
     assert "few continuations go on exactly" in warnings_of(result)[0]
+    assert summarize_probe(result).splitlines() == [
+        "teacher test:m is asked by prefill: 10 of 10 continuations usable, agreement with itself 0.86, 0.50 s a request",
+        f"  warning: {warnings_of(result)[0]}",
+    ]
 
 
 def test_what_stops_every_request_stops_the_probe() -> None:

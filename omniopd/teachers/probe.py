@@ -158,8 +158,7 @@ async def probe_teacher(
             probes.append(WayProbe(transport=way, error=str(error)))
         finally:
             await teacher.aclose()
-        last = probes[-1]
-        if not is_thorough and last.usable_share >= ENOUGH and (last.exact_joints or 0.0) >= ENOUGH:
+        if not is_thorough and _is_good(probes[-1]):
             break
     best = choose(probes)
     return ProbeResult(
@@ -178,9 +177,15 @@ def choose(probes: Sequence[WayProbe]) -> WayProbe | None:
     """
     usable = [probe for probe in probes if probe.usable > 0]
     for probe in usable:
-        if probe.usable_share >= ENOUGH and (probe.exact_joints or 0.0) >= ENOUGH:
+        if _is_good(probe):
             return probe
     return max(usable, key=lambda p: (p.usable_share >= ENOUGH, p.exact_joints or 0.0), default=None)
+
+
+def _is_good(probe: WayProbe) -> bool:
+    """Say whether there is no need to look further. Raw prompts go on exactly, whatever the model knows."""
+    is_raw = probe.transport in ("tokens", "completions")
+    return probe.usable_share >= ENOUGH and (is_raw or (probe.exact_joints or 0.0) >= ENOUGH)
 
 
 async def _probe_way(
@@ -284,6 +289,19 @@ def describe_probe(result: ProbeResult) -> str:
     return "\n".join(lines)
 
 
+def summarize_probe(result: ProbeResult) -> str:
+    """Return what a run says of its teacher: one line, and one for each warning."""
+    way = result.best
+    if way is None:
+        return f"teacher {result.teacher}: no way gave a usable continuation"
+    seconds = "" if way.seconds is None else f", {way.seconds:.2f} s a request"
+    line = (
+        f"teacher {result.teacher} is asked by {way.transport}: {way.usable} of {way.asked} continuations usable, "
+        f"agreement with itself {_figure(way.self_agreement)}{seconds}"
+    )
+    return "\n".join([line, *(f"  warning: {warning}" for warning in warnings_of(result))])
+
+
 def warnings_of(result: ProbeResult) -> list[str]:
     """Return what a user should know before paying this teacher."""
     best = result.best
@@ -297,7 +315,7 @@ def warnings_of(result: ProbeResult) -> list[str]:
     visible = best.usage.output_tokens - best.usage.reasoning_tokens
     if best.usage.reasoning_tokens > 5 * max(1, visible):
         found.append("more than five hidden thinking tokens for each visible one: the continuations are dear")
-    if best.exact_joints is not None and best.exact_joints < ENOUGH:
+    if not _is_good(best):
         found.append("few continuations go on exactly where the prefix ends (or the model does not know the answers)")
     return found
 
