@@ -42,7 +42,7 @@ _SPEC = (
 _SCORE = """\
 Each line of IN is {"prompt": ..., "response": ...}; the prompt is text or a list of messages. Each line of OUT is the
 same row with `chunks`: their place in the response, their text and their score. Stopped half-way, the same command
-goes on where it was.
+goes on where it was; with --ledger it pays for nothing twice.
 """
 
 
@@ -186,6 +186,7 @@ def _add_score(subparsers: Subparsers) -> None:
     score.add_argument(
         "--batch", action="store_true", help="ask at the half-price endpoint, which may take a day; needs --ledger"
     )
+    score.add_argument("--keep-continuations", action="store_true", help="write the teacher's texts, too")
     score.add_argument("--overwrite", action="store_true", help="start afresh instead of going on with OUT.jsonl")
     score.set_defaults(run=commands.score)
 
@@ -285,7 +286,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"omniopd: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        hint = "; the same command with --resume goes on from the last checkpoint" if args.command == "train" else ""
+        hints = {
+            "train": "; the same command with --resume goes on from the last checkpoint",
+            "score": "; finished rows are kept and the same command goes on from there",
+        }
+        hint = hints.get(args.command, "")
         print(f"\nomniopd: interrupted{hint}", file=sys.stderr)
         return 130
     return code

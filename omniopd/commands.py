@@ -129,7 +129,13 @@ def score(args: argparse.Namespace) -> int:
         chunk_words=args.chunk_words,
         max_chunks=args.max_chunks,
     ) as rewarder:
-        summary = score_file(args.input, args.output, rewarder, resume=not args.overwrite)
+        summary = score_file(
+            args.input,
+            args.output,
+            rewarder,
+            resume=not args.overwrite,
+            keep_continuations=args.keep_continuations,
+        )
     print(describe_scores(summary))
     print(args.output)
     return 0
@@ -151,6 +157,10 @@ def describe_scores(summary: ScoreSummary) -> str:
         f"{usage.requests:,} requests ({usage.cached_requests:,} from the ledger), {usage.input_tokens:,} tokens in, "
         f"{usage.output_tokens:,} out, cost {format_usd(usage.cost_usd)}, {format_seconds(summary.seconds)}"
     )
+    if usage.reasoning_tokens:
+        lines.append(f"{usage.reasoning_tokens:,} of the tokens out were hidden thinking")
+    if usage.unanswered_requests:
+        lines.append(f"{usage.unanswered_requests:,} requests were never answered and may have been billed")
     return "\n".join(lines)
 
 

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import asyncio
+import inspect
 import subprocess
 import sys
 import threading
@@ -11,9 +12,12 @@ import pytest
 
 import omniopd.api
 from omniopd.api import ChunkRewarder, ChunkRewards, as_reward_func
-from omniopd.errors import ConfigError, TeacherAuthError, TeacherResponseError
+from omniopd.errors import ConfigError, TeacherAuthError, TeacherConnectionError, TeacherResponseError
 from omniopd.responses import as_messages
+from omniopd.teachers.asked_once import AskedOnce
 from omniopd.teachers.base import ContinuationRequest, TeacherAnswer
+from omniopd.teachers.resolve import open_teacher
+from omniopd.teachers.shaping import SHAPING_OPTIONS
 from omniopd.types import Continuation, Message, Missing, Usage
 
 
@@ -256,26 +260,157 @@ def test_errors_of_the_teacher_reach_the_caller() -> None:
         rewarder.score(["q"], ["a"])
 
 
-def test_many_requests_go_in_slices(monkeypatch: pytest.MonkeyPatch) -> None:
-    sizes: list[int] = []
+def test_many_responses_are_under_way_at_a_time_and_not_all() -> None:
+    class Slow(ScriptedTeacher):
+        running = peak = 0
 
-    class Sliced(ScriptedTeacher):
         async def continuations(self, requests: Sequence[ContinuationRequest]) -> list[TeacherAnswer]:
-            sizes.append(len(requests))
+            Slow.running += 1
+            Slow.peak = max(Slow.peak, Slow.running)
+            await asyncio.sleep(0.01)
+            Slow.running -= 1
             return await super().continuations(requests)
 
-    monkeypatch.setattr(omniopd.api, "_REQUESTS_PER_CALL", 4)
-    text = "a b c d e f g h i"
-    with ChunkRewarder(teacher=Sliced(lambda prefix: text[len(prefix) :]), chunk_words=1) as rewarder:
-        (rewards,) = rewarder.score(["q"], [text], progress=True)
-    assert (sizes, rewards.reward) == ([4, 4, 1], 1.0)
+    with ChunkRewarder(teacher=Slow(lambda prefix: "a")) as rewarder:
+        rewards = rewarder.score([f"q{i}" for i in range(200)], ["a"] * 200)
+    assert [r.reward for r in rewards] == [1.0] * 200
+    assert Slow.peak == 4 * 16
+
+
+def test_a_shared_request_is_asked_once_however_far_apart() -> None:
+    class Waiting(ScriptedTeacher):
+        async def continuations(self, requests: Sequence[ContinuationRequest]) -> list[TeacherAnswer]:
+            await asyncio.sleep(0.02)
+            return await super().continuations(requests)
+
+    teacher = Waiting(lambda prefix: "a")
+    prompts = [f"q{i % 100}" for i in range(200)]
+    with ChunkRewarder(teacher=teacher) as rewarder:
+        rewards = rewarder.score(prompts, ["a"] * 200)
+    # 64 are under way at a time, so both those of the same moment and those of an earlier one are met.
+    assert len(teacher.requests) == 100
+    assert [r.usage.requests for r in rewards] == [1] * 100 + [0] * 100
+    assert all(r.reward == 1.0 for r in rewards)
+
+
+def test_who_waits_for_a_request_that_fails_fails_with_it() -> None:
+    def refuse(prefix: str) -> str:
+        raise TeacherAuthError("the key is refused")
+
+    async def run() -> list[BaseException | list[TeacherAnswer]]:
+        teacher = ScriptedTeacher(refuse)
+        request = ContinuationRequest(messages=(Message(role="user", content="q"),), prefix="", n=1, max_tokens=5)
+        asked = AskedOnce(teacher, [request] * 3)
+        results = await asyncio.gather(*(asked.answers([request]) for _ in range(3)), return_exceptions=True)
+        assert len(teacher.requests) == 1
+        return results
+
+    assert all(isinstance(result, TeacherAuthError) for result in asyncio.run(run()))
+
+
+def test_stream_gives_what_is_ready_in_order_and_then_the_error() -> None:
+    class Failing(ScriptedTeacher):
+        async def continuations(self, requests: Sequence[ContinuationRequest]) -> list[TeacherAnswer]:
+            number = int(requests[0].messages[0].content)
+            await asyncio.sleep(0.002 * (5 - number))  # the later, the sooner
+            if number == 3:
+                raise TeacherConnectionError("gone")
+            return await super().continuations(requests)
+
+    told: list[tuple[str, int, int]] = []
+    seen: list[float | None] = []
+    with ChunkRewarder(teacher=Failing(lambda prefix: "b")) as rewarder, pytest.raises(TeacherConnectionError):
+        for group in rewarder.stream(list("01234"), list("abbbb"), tell=lambda *counts: told.append(counts)):
+            seen += [rewards.reward for rewards in group]
+    assert seen == [0.0, 1.0, 1.0]
+    assert sorted(told) == [("responses", i, 5) for i in range(1, 5)]
+
+
+def test_leaving_a_stream_early_cancels_the_rest() -> None:
+    class Endless(ScriptedTeacher):
+        cancelled = 0
+
+        async def continuations(self, requests: Sequence[ContinuationRequest]) -> list[TeacherAnswer]:
+            if requests[0].messages[0].content != "0":
+                try:
+                    await asyncio.sleep(60)
+                except asyncio.CancelledError:
+                    Endless.cancelled += 1
+                    raise
+            return await super().continuations(requests)
+
+    with ChunkRewarder(teacher=Endless(lambda prefix: "a")) as rewarder:
+        groups = rewarder.stream(["0", "1", "2"], ["a"] * 3)
+        assert len(next(groups)) == 1
+        groups.close()
+    assert Endless.cancelled == 2
+
+
+def test_a_batch_gets_everything_in_one_call_and_reports_its_own_progress(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls: list[int] = []
+
+    class Batch(ScriptedTeacher):
+        async def continuations(self, requests: Sequence[ContinuationRequest]) -> list[TeacherAnswer]:
+            calls.append(len(requests))
+            opened[0][1]["progress"](3, 150)
+            return await super().continuations(requests)
+
+    opened = _patched_resolve(monkeypatch, Batch(lambda prefix: "a"))
+    told: list[tuple[str, int, int]] = []
+    prompts = [f"q{i % 150}" for i in range(300)]
+    with ChunkRewarder(teacher="openai:m", teacher_options={"batch": True}) as rewarder:
+        stream = rewarder.stream(prompts, ["a"] * 300, tell=lambda *counts: told.append(counts))
+        rewards = [r for group in stream for r in group]
+    assert calls == [150]
+    assert told[0] == ("answers of the batch", 3, 150)
+    assert told[-1] == ("responses", 300, 300)
+    assert sum(r.usage.requests for r in rewards) == 150
+
+
+def test_settings_name_what_shapes_a_score_and_nothing_else() -> None:
+    def settings(spec: str, **options: Any) -> dict[str, Any]:
+        return ChunkRewarder(teacher=spec, teacher_options=options).settings
+
+    plain = settings("local:m@http://127.0.0.1:8000/v1")
+    assert plain["teacher"] == "local:m@http://127.0.0.1/v1"
+    assert plain == settings("local:m@http://127.0.0.1:9/v1", ledger="x", budget_usd=1, max_concurrency=4, batch=True)
+    assert plain == settings("local:m@http://127.0.0.1:9/v1", temperature=1.0, continuation="auto")
+    assert plain != settings("local:m@http://127.0.0.1:8000/v1", temperature=None)
+    assert settings("vllm:m@https://host:8000/v1")["teacher"] == "vllm:m@https://host:8000/v1"
+    assert settings("local:m@http://[::1]:80/v1")["teacher"] == "local:m@http://[::1]/v1"
+
+
+def test_every_option_of_open_teacher_is_known_to_shape_or_not_to() -> None:
+    parameters = inspect.signature(open_teacher).parameters
+    speed = {"max_concurrency", "requests_per_minute", "tokens_per_minute", "timeout_s", "deadline_s", "max_attempts"}
+    money = {"budget_usd", "budget_tokens", "budget_calls", "price", "ledger", "batch", "progress"}
+    assert set(parameters) - {"spec"} == set(SHAPING_OPTIONS) | speed | money
+    assert {name: parameters[name].default for name in SHAPING_OPTIONS} == dict(SHAPING_OPTIONS)
+    assert parameters["max_concurrency"].default == omniopd.api._DEFAULT_CONCURRENCY
+
+
+def test_detail_tells_repairs_and_failures_with_their_counts() -> None:
+    class Mixed(ScriptedTeacher):
+        def _one(self, request: ContinuationRequest) -> TeacherAnswer:
+            echo = Continuation(text="a", detail="echo of the prefix cut")
+            lost = Continuation(text=None, missing=Missing.FAILED, detail="HTTP 500 (5 attempts)")
+            return TeacherAnswer(continuations=(echo, echo, Continuation(text="a"), lost))
+
+    with ChunkRewarder(teacher=Mixed(str)) as rewarder:
+        (rewards,) = rewarder.score(["q"], ["a"])
+    assert rewards.chunks[0].detail == "2 x echo of the prefix cut; HTTP 500 (5 attempts)"
+    assert (rewards.reward, rewards.chunks[0].num_continuations) == (1.0, 3)
 
 
 def test_progress_is_drawn_on_a_terminal(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
-    with omniopd.api.progress_bar("asking the teacher", 3, show=True) as advance:
-        advance(3)
-    assert "asking the teacher" in capsys.readouterr().err
+    with omniopd.api.progress_display(show=True, done_before=4) as tell:
+        tell("answers of the batch", 1, 2)
+        tell("responses", 1, 6)
+    drawn = capsys.readouterr().err
+    assert "answers of the batch" in drawn
+    assert "responses" in drawn
+    assert "50%" in drawn  # 4 before and 1 of 6 now
 
 
 def test_reward_function_takes_text_and_conversations_and_extra_columns() -> None:

@@ -60,7 +60,7 @@ class Budget(Value):
                 raise TeacherBudgetError(
                     f"the budget of {limit:{form}} {unit} does not cover the next request to {teacher_id}: "
                     f"spent {spent:{form}}, possibly spent {possible:{form}}, under way {under_way:{form}}, "
-                    f"this may cost {this:{form}}; raise teacher.budget_{name} and run again with --resume"
+                    f"this may cost {this:{form}}; raise budget_{name} and run the same again (train: with --resume)"
                 )
             fits = fits and not short
         return fits

@@ -277,7 +277,8 @@ class RemoteTeacher:
             )
         if fault.kind is FaultKind.QUOTA:
             return TeacherRateLimitError(
-                f"the quota at the teacher {at} is used up ({fault.detail}); add credit, then run again with --resume"
+                f"the quota at the teacher {at} is used up ({fault.detail}); add credit, then run the same again "
+                "(train: with --resume)"
             )
         if fault.kind is FaultKind.NO_MODEL:
             return TeacherResponseError(
