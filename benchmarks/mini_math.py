@@ -1,6 +1,6 @@
-"""Runs in the quickstart world: seeds, methods, ablations, learning rates, and where a step's time goes.
+"""Runs in the quickstart world: seeds, methods, ablations, objectives, learning rates, and where a step's time goes.
 
-    python benchmarks/mini_math.py seeds|methods|ablations|rates|profile
+    python benchmarks/mini_math.py seeds|methods|ablations|objectives|rates|profile
 
 Every figure comes from the `summary.json` and the records of real `omniopd train` runs, each in its own process: one
 thread and two runs at a time, but two threads and one run at a time for `seeds` and `profile`. Results go to
@@ -51,6 +51,43 @@ METHODS: dict[str, list[str]] = {
     ],
     "OmniOPD, paper preset": supervision(),
     "OmniOPD, our default": [],
+}
+
+
+def white_box(*losses: str, **settings: Any) -> list[str]:
+    """Return the overrides for a teacher whose weights are open, with the loss of the `kl` stream."""
+    words = METHODS["OPD, full-vocabulary reverse KL"][1:]
+    words += [f"method.supervision={json.dumps({'type': 'logprob', **settings})}"]
+    return [*words, *(f"learner.losses={{kl: {{{loss}}}}}" for loss in losses)]
+
+
+OBJECTIVES: dict[str, list[str]] = {
+    "forward KL": white_box("type: forward_kl"),
+    "reverse KL": white_box("type: reverse_kl"),
+    "JSD 0.5": white_box("type: jsd, beta: 0.5"),
+    "JSD 0.5, TRL's scale": white_box("type: jsd, beta: 0.5, convention: trl"),
+    "JSD 0.1": white_box("type: jsd, beta: 0.1"),
+    "JSD 0.9": white_box("type: jsd, beta: 0.9"),
+    "mixed 0.5/0.5": white_box("type: mixed"),
+    "skewed forward KL 0.1": white_box("type: skewed, alpha: 0.1"),
+    "skewed reverse KL 0.1": white_box("type: skewed, alpha: 0.1, direction: reverse"),
+    "total variation": white_box("type: total_variation"),
+    "teacher top-4 reverse KL": white_box("type: teacher_topk_reverse_kl, k: 4"),
+    "teacher top-4 reverse KL, tail": white_box("type: teacher_topk_reverse_kl, k: 4, tail: true"),
+    "student top-4 reverse KL, stop gradient": white_box("type: student_topk_reverse_kl, k: 4"),
+    "student top-4 reverse KL": white_box("type: student_topk_reverse_kl, k: 4, stop_gradient: false"),
+    "student top-4 reverse KL, tail": white_box("type: student_topk_reverse_kl, k: 4, tail: true"),
+    "sampled token, k1 as advantage": white_box(objective="sampled"),
+    "sampled token, k1, discount 1": white_box(objective={"type": "sampled", "discount": 1.0}),
+    "sampled token, k2 direct": white_box("type: sampled_token, estimator: k2"),
+    "sampled token, k3 direct (forward KL)": white_box("type: sampled_token, estimator: k3, aim: forward_kl"),
+    "MiniLLM": white_box(objective="minillm"),
+    "MiniLLM, no single step": white_box(objective={"type": "minillm", "single_step": False}),
+    "GKD, half of the batches the teacher's": white_box(
+        "type: jsd, beta: 0.5, convention: trl", authors={"student": 0.5, "teacher": 0.5}
+    ),
+    "reverse KL + 0.5 verifier": white_box("type: reverse_kl", verifier={"weight": 0.5}),
+    "sampled token + 0.5 verifier": white_box(objective="sampled", verifier={"weight": 0.5}),
 }
 RATES = (1e-4, 3e-4, 6e-4)
 TUNING_SEED = 100
@@ -198,13 +235,17 @@ def jobs_of(name: str, seeds: Sequence[int], steps: int) -> list[Job]:
             for label, overrides in METHODS.items()
             for seed in seeds
         ]
+    if name == "objectives":
+        # One rate for all, chosen for the reverse KL: a table of objectives, not of tuning.
+        rate = f"learner.learning_rate={rates['OPD, full-vocabulary reverse KL']}"
+        return [Job(label, seed, (*over, *budget, rate)) for label, over in OBJECTIVES.items() for seed in seeds]
     rate = f"learner.learning_rate={rates['OmniOPD, paper preset']}"
     return [Job(label, seed, (*overrides, *budget, rate)) for label, overrides in ABLATIONS.items() for seed in seeds]
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("name", choices=["seeds", "methods", "ablations", "rates", "profile"])
+    parser.add_argument("name", choices=["seeds", "methods", "ablations", "objectives", "rates", "profile"])
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--steps", type=int, default=60)
     parser.add_argument("--runs", type=Path, default=Path("runs/benchmarks"))

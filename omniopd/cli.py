@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -178,15 +179,22 @@ def _add_score(subparsers: Subparsers) -> None:
     score.add_argument("--temperature", type=float, default=1.0, help="of the teacher (default: %(default)s)")
     _add_continuation(score)
     score.add_argument("--tokenizer", type=Path, metavar="FOLDER", help="the teacher's, for --continuation completions")
-    score.add_argument("--ledger", type=Path, metavar="FILE", help="keep answers here; asking again costs nothing")
+    score.add_argument(
+        "--ledger",
+        type=Path,
+        metavar="FILE",
+        help="keep answers here, so that none is paid twice (default: beside OUT)",
+    )
+    score.add_argument(
+        "--price", type=float, nargs=2, metavar=("IN", "OUT"), help="of the teacher, in USD for a million tokens"
+    )
     score.add_argument("--budget-usd", type=float, help="stop before this is exceeded; needs a known price")
     score.add_argument("--budget-tokens", type=int, help="stop before so many are read and written")
     score.add_argument("--budget-calls", type=int, help="stop before so many HTTP requests")
     score.add_argument("--max-concurrency", type=int, default=16, help="requests under way (default: %(default)s)")
-    score.add_argument(
-        "--batch", action="store_true", help="ask at the half-price endpoint, which may take a day; needs --ledger"
-    )
+    score.add_argument("--batch", action="store_true", help="ask at the half-price endpoint, which may take a day")
     score.add_argument("--keep-continuations", action="store_true", help="write the teacher's texts, too")
+    score.add_argument("--retry-failed", action="store_true", help="ask again for rows in which a request failed")
     score.add_argument("--overwrite", action="store_true", help="start afresh instead of going on with OUT.jsonl")
     score.set_defaults(run=commands.score)
 
@@ -280,11 +288,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     args.argv = words
     try:
         code: int = args.run(args)
+        sys.stdout.flush()
     except OmniOPDError as error:
         if "traceback" in args:
             raise
         print(f"omniopd: {error}", file=sys.stderr)
         return 2
+    except BrokenPipeError:
+        # Whoever read the output has enough of it. What Python still holds back must not fail once more.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
     except KeyboardInterrupt:
         hints = {
             "train": "; the same command with --resume goes on from the last checkpoint",

@@ -118,7 +118,11 @@ def score(args: argparse.Namespace) -> int:
     from omniopd.score_file import score_file
 
     options: dict[str, Any] = {"continuation": args.continuation, "temperature": args.temperature}
-    options |= {"ledger": args.ledger, "budget_usd": args.budget_usd, "tokenizer_path": args.tokenizer}
+    # Without one, answers to rows that are not written yet would be bought again.
+    ledger = args.ledger or args.output.with_name(f"{args.output.name}.ledger.sqlite")
+    if args.price is not None:
+        options["price"] = {"input_usd_per_mtok": args.price[0], "output_usd_per_mtok": args.price[1]}
+    options |= {"ledger": ledger, "budget_usd": args.budget_usd, "tokenizer_path": args.tokenizer}
     options |= {"budget_tokens": args.budget_tokens, "budget_calls": args.budget_calls, "batch": args.batch}
     options |= {"max_concurrency": args.max_concurrency}
     with ChunkRewarder(
@@ -135,6 +139,7 @@ def score(args: argparse.Namespace) -> int:
             rewarder,
             resume=not args.overwrite,
             keep_continuations=args.keep_continuations,
+            retry_failed=args.retry_failed,
         )
     print(describe_scores(summary))
     print(args.output)
@@ -152,6 +157,8 @@ def describe_scores(summary: ScoreSummary) -> str:
         lines.append(
             "without a score: " + ", ".join(f"{count} {why}" for why, count in sorted(summary.missing.items()))
         )
+    if any(summary.missing.get(why) for why in ("failed", "timeout")):
+        lines.append("requests failed: the same command with --retry-failed asks for those rows again")
     usage = summary.usage
     lines.append(
         f"{usage.requests:,} requests ({usage.cached_requests:,} from the ledger), {usage.input_tokens:,} tokens in, "
@@ -219,7 +226,7 @@ def teachers_show(args: argparse.Namespace) -> int:
 
 def teachers_check(args: argparse.Namespace) -> int:
     """Probe a teacher in every way that is possible and print what it does."""
-    from omniopd.inputs import check_text_teacher
+    from omniopd.inputs import check_text_teacher, raw_ways
     from omniopd.teachers.probe import describe_probe
 
     result = check_text_teacher(
@@ -230,6 +237,8 @@ def teachers_check(args: argparse.Namespace) -> int:
         extra_body=_mapping(args.extra_body, "--extra-body"),
     )
     print(describe_probe(result))
+    if args.tokenizer is None and (raw := raw_ways(args.spec)):
+        print(f"not tried: {', '.join(raw)}; give the folder of the teacher's tokenizer with --tokenizer")
     return 0 if result.chosen else 1
 
 

@@ -17,13 +17,19 @@ from omniopd.errors import ConfigError
 from omniopd.estimate import chunk_shape
 from omniopd.inputs import check_teacher
 from omniopd.method import ChunkedSettings, Method, build_method, describe_part
-from omniopd.models import load_tokenizer, read_chat_template, reads_alike, resolve_model
+from omniopd.models import load_tokenizer, read_chat_template, resolve_model
 from omniopd.prompts import build_sampler
 from omniopd.run_folder import RunFolder
-from omniopd.spending import ASSUMED_PROMPT_TOKENS, CHARACTERS_PER_TOKEN, describe_calls, instruction_tokens
+from omniopd.spending import (
+    ASSUMED_PROMPT_TOKENS,
+    CHARACTERS_PER_TOKEN,
+    describe_calls,
+    instruction_tokens,
+    likely_transport,
+)
 from omniopd.teachers.cards import Transport
-from omniopd.teachers.continuation import continuation_messages, sent_prefix
-from omniopd.teachers.resolve import LOCAL_DIALECTS, find_target, load_render, pick_transport
+from omniopd.teachers.continuation import ASKED, continuation_messages, sent_prefix
+from omniopd.teachers.resolve import find_target, load_render
 from omniopd.templates import apply_prompt_options, build_prompts, preview
 from omniopd.types import Message, Prompt
 from omniopd.verify import resolve_verifier
@@ -179,9 +185,14 @@ def _teacher_prompt(config: RunConfig, method: Method, messages: Sequence[Messag
         return ["The teacher reads (messages):", _indented(_turns(messages))]
     size, _ = chunk_shape(method)
     transport = _transport(config)
-    if transport == "chat":
-        asked = continuation_messages(messages, PLACEHOLDER, max_tokens=method.supervision.continuation_tokens or size)
-        return ["The teacher reads (chat, asked to go on):", _indented(_turns(asked))]
+    if transport in ASKED:
+        asked = continuation_messages(
+            messages,
+            PLACEHOLDER,
+            max_tokens=method.supervision.continuation_tokens or size,
+            transport=transport,
+        )
+        return [f"The teacher reads ({transport}, asked to go on):", _indented(_turns(asked))]
     if transport == "prefill":
         opened = Message(role="assistant", content=sent_prefix(PLACEHOLDER))
         return ["The teacher reads (messages, the last one left open):", _indented(_turns([*messages, opened]))]
@@ -198,23 +209,12 @@ def _teacher_prompt(config: RunConfig, method: Method, messages: Sequence[Messag
             _indented(_turns([*messages, opened])),
         ]
     render = load_render(Path(resolve_model(served)))
-    return ["The teacher reads (one text):", _indented(render(messages) + sent_prefix(PLACEHOLDER))]
+    what = "one text, as the student's own token ids" if transport == "tokens" else "one text"
+    return [f"The teacher reads ({what}):", _indented(render(messages) + sent_prefix(PLACEHOLDER))]
 
 
 def _transport(config: RunConfig) -> Transport:
-    target = find_target(config.teacher.spec, price=config.teacher.price)
-    if target.card.dialect in LOCAL_DIALECTS:
-        # A stand-in has no wire: it takes the messages and the open answer as they are.
-        return "prefill"
-    tokenizer = config.teacher.tokenizer or config.teacher.serve
-    may_share = tokenizer is not None and "tokens" in target.card.can.continuations
-    return pick_transport(
-        target.card,
-        config.teacher.continuation,
-        has_tokenizer=tokenizer is not None,
-        shares_vocabulary=may_share and reads_alike(config.student.model, str(tokenizer)),
-        is_card_host=target.is_card_host,
-    )
+    return likely_transport(config, find_target(config.teacher.spec, price=config.teacher.price))
 
 
 def estimate(config: RunConfig) -> str:
@@ -233,7 +233,8 @@ def _describe_calls(config: RunConfig, method: Method, dataset: Dataset | None, 
     sent = 0
     if method.needs_text_teacher:
         sent = _prompt_tokens(dataset, prompts) + instruction_tokens(method, _transport(config))
-    return describe_calls(config, method, prompt_tokens=sent, is_assumed=dataset is None)
+    way = _transport(config) if method.needs_text_teacher else ""
+    return describe_calls(config, method, prompt_tokens=sent, transport=way, is_assumed=dataset is None)
 
 
 def _describe_evaluation(config: RunConfig) -> str:

@@ -121,7 +121,13 @@ def estimate_step(
 
 
 def estimate_run(
-    config: RunConfig, method: Method, target: Target, *, prompt_tokens: int, probe: ProbeResult | None = None
+    config: RunConfig,
+    method: Method,
+    target: Target,
+    *,
+    prompt_tokens: int,
+    transport: str,
+    probe: ProbeResult | None = None,
 ) -> Estimate | None:
     """Estimate a whole run; None when the method asks for no text.
 
@@ -140,14 +146,15 @@ def estimate_run(
     if step is None:
         return None
     low, high = (end.times(config.steps) for end in step)
-    seconds, source = _seconds(config, card, low, high, found.seconds if found else None)
+    at_once = card.can.batch_prompts if transport == "completions" else 1
+    seconds, source = _seconds(config, card, low, high, found.seconds if found else None, at_once)
     price = target.price
     return Estimate(
         teacher=f"{card.id}:{target.spec.model}",
         steps=config.steps,
         low=low,
         high=high,
-        usd=None if price is None else (cost_usd(low, price), cost_usd(high, price)),
+        usd=None if price is None else (cost_usd(low, price), highest_cost_usd(high, price)),
         price_source=target.found_price.source if target.found_price else None,
         seconds=seconds,
         seconds_source=source,
@@ -159,18 +166,25 @@ def cost_usd(calls: Calls, price: ModelPrice) -> float:
     return price.cost_usd(calls.input_tokens, calls.output_tokens)
 
 
+def highest_cost_usd(calls: Calls, price: ModelPrice) -> float:
+    """Price the calls in the worst case: all input written into a cache that bills that."""
+    return (
+        calls.input_tokens * price.highest_input_usd_per_mtok + calls.output_tokens * price.output_usd_per_mtok
+    ) / 1e6
+
+
 def chunk_shape(method: Method) -> tuple[int, int]:
     """Return C and M of the chunker."""
     return int(getattr(method.chunker, "chunk_tokens", 1)), int(getattr(method.chunker, "max_chunks", 1))
 
 
 def _seconds(
-    config: RunConfig, card: Card, low: Calls, high: Calls, latency: float | None
+    config: RunConfig, card: Card, low: Calls, high: Calls, latency: float | None, prompts_at_once: int
 ) -> tuple[tuple[float, float] | None, str]:
     """Bound the time from below by the latency at full concurrency and by the rates that are allowed."""
     settings, limits = config.teacher, card.limits
     in_flight = min(settings.max_concurrency, limits.max_in_flight or settings.max_concurrency)
-    at_once = in_flight * card.can.batch_prompts
+    at_once = in_flight * prompts_at_once
     rates = [r for r in (settings.requests_per_minute, limits.requests_per_minute) if r]
     token_rates = [r for r in (settings.tokens_per_minute, limits.tokens_per_minute) if r]
 

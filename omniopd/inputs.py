@@ -5,16 +5,18 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
-from omniopd.config import RunConfig, TeacherConfig
+from omniopd.config import DataConfig, RunConfig, TeacherConfig
 from omniopd.errors import ConfigError, TeacherResponseError
 from omniopd.method import Method
 from omniopd.models import foreign_tokens, load_tokenizer, reads_alike, resolve_model, room_for_prompts
 from omniopd.run_folder import RunFolder, read_json, write_json_atomic
 from omniopd.spending import probe_cache, probe_key
 from omniopd.teachers.base import Teacher
+from omniopd.teachers.in_process import weights_identity
 from omniopd.teachers.metered import MeteredTeacher
 from omniopd.teachers.probe import Encode, ProbeResult, probe_teacher, summarize_probe
 from omniopd.teachers.resolve import (
@@ -26,7 +28,7 @@ from omniopd.teachers.resolve import (
     prompt_encoder,
     refuse_keys,
 )
-from omniopd.types import Prompt
+from omniopd.types import Message, Prompt
 
 if TYPE_CHECKING:
     from omniopd.behavior.base import Verifier
@@ -89,6 +91,21 @@ def load_prompts(
     return get_verifier(data.verifier, source=data.eval, has_answers=True), training, held_out
 
 
+def read_responses(data: DataConfig) -> dict[tuple[Message, ...], str]:
+    """Return the worked responses of the training data by conversation, the first where one comes twice."""
+    from omniopd.data import load_rows
+    from omniopd.templates import apply_prompt_options
+
+    found: dict[tuple[Message, ...], str] = {}
+    for row in load_rows(data.train, split=data.split, max_prompts=data.max_prompts, on_bad_row=data.on_bad_row).rows:
+        if row.response:
+            asked = apply_prompt_options(
+                row.messages, prompt_template=data.prompt_template, system_prompt=data.system_prompt
+            )
+            found.setdefault(asked, row.response)
+    return found
+
+
 def open_text_teacher(
     config: RunConfig, method: Method, folder: RunFolder, stack: ExitStack, say: Callable[[str], None]
 ) -> MeteredTeacher | None:
@@ -114,9 +131,14 @@ def open_text_teacher(
     may_share = settings.continuation in ("auto", "tokens") and "tokens" in target.card.can.continuations
     shares = may_share and tokenizer_path is not None and reads_alike(config.student.model, str(tokenizer_path))
 
-    def open_as(continuation: str) -> Teacher:
+    # What the run serves itself comes back on another port, and is the same only with the same weights.
+    address = None if settings.serve is None else f"served:{weights_identity(resolve_model(settings.serve))}"
+
+    def open_as(continuation: str, *, remembers: bool = True) -> Teacher:
         return open_teacher(
             spec,
+            address=address,
+            remembers=remembers,
             temperature=settings.temperature,
             top_p=settings.top_p,
             continuation=continuation,
@@ -138,12 +160,15 @@ def open_text_teacher(
 
     continuation: str = settings.continuation
     if settings.probe and target.card.dialect not in LOCAL_DIALECTS:
-        open_as(continuation)  # Says at once what no server is needed for: a missing key, a way that is not possible.
+        asyncio.run(
+            open_as(continuation).aclose()
+        )  # Says at once what no server is needed for: a missing key, a way that is not possible.
         ways = feasible_transports(target.card, has_tokenizer=tokenizer_path is not None, shares_vocabulary=shares)
         if continuation != "auto":
             ways = (cast("Transport", continuation),)
         encode = prompt_encoder(tokenizer_path) if tokenizer_path is not None and "tokens" in ways else None
-        result = _earlier_probe(folder, ways) or _probe(open_as, ways, target, spec, settings, encode)
+        try_as = partial(open_as, remembers=False)
+        result = _earlier_probe(folder, ways) or _probe(try_as, ways, target, spec, settings, encode)
         write_json_atomic(folder.probe, result.to_json())
         _check_probe(result, spec)
         assert result.chosen is not None
@@ -187,6 +212,14 @@ def _check_probe(result: ProbeResult, spec: str) -> None:
             f"the teacher {spec} gave no usable answer to the first short questions ({why}); look at it with "
             f"`omniopd teachers check {spec}`"
         )
+
+
+def raw_ways(spec: str) -> tuple[str, ...]:
+    """Return the teacher's ways that take raw prompts, for which its tokenizer has to be known."""
+    target = find_target(spec)
+    if target.card.dialect in LOCAL_DIALECTS:
+        return ()
+    return tuple(way for way in target.card.can.continuations if way in ("tokens", "completions"))
 
 
 def check_text_teacher(

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import datetime
 import sys
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from omniopd.errors import ConfigError
 
@@ -103,6 +105,17 @@ def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
         return AutoTokenizer.from_pretrained(source)
     except (OSError, ValueError) as error:
         raise ConfigError(f"cannot load the tokenizer of {name!r}: {_first_line(error)}") from error
+
+
+TEMPLATE_DATE = datetime.date(2024, 7, 26)
+"""What chat templates that print the date are told, the day that Llama's fall back to: a prompt that changes overnight
+would make another question of every question, and another run of a resumed one."""
+
+
+def render_chat(tokenizer: PreTrainedTokenizerBase, turns: Sequence[Mapping[str, Any]], **options: Any) -> str:
+    """Write a conversation with a tokenizer's chat template, the same on every day. Raises what the template raises."""
+    fixed = {"date_string": TEMPLATE_DATE.strftime("%d %b %Y"), "strftime_now": TEMPLATE_DATE.strftime}
+    return str(tokenizer.apply_chat_template(list(turns), tokenize=False, **fixed, **options))
 
 
 def foreign_tokens(ours: PreTrainedTokenizerBase, theirs: PreTrainedTokenizerBase) -> list[str]:

@@ -20,7 +20,7 @@ from pydantic_core import ErrorDetails
 
 from omniopd.config import RunConfig
 from omniopd.errors import ConfigError
-from omniopd.method import build_method, check_losses
+from omniopd.method import build_method, check_inputs, check_losses
 from omniopd.presets import PRESETS, check_preset
 from omniopd.prompts import check_sampler
 
@@ -274,8 +274,9 @@ def _validate(merged: Tree, layers: Sequence[Layer]) -> RunConfig:
 def _check_parts(config: RunConfig, layers: Sequence[Layer]) -> None:
     """Validate the parts, which are free-form mappings to pydantic, and add where they were written."""
     try:
-        build_method(config.method)
-        check_losses(config.learner.losses)
+        method = build_method(config.method)
+        check_losses(config.learner.losses, method)
+        check_inputs(config, method)
         check_sampler(config.data.sampler)
     except ConfigError as error:
         named = _PART_KEY.match(str(error))

@@ -205,18 +205,36 @@ class _Session:
                 await self.teacher.aclose()
 
     def _behavior(self) -> Behavior:
+        from omniopd.behavior.mixed import MixedBehavior
+
+        parts = [(share, self._writer(author)) for author, share in self.method.authors.items()]
+        return parts[0][1] if len(parts) == 1 else MixedBehavior(tuple(parts))
+
+    def _writer(self, author: str) -> Behavior:
+        from omniopd.behavior.dataset import DatasetBehavior
         from omniopd.behavior.student import StudentBehavior
         from omniopd.behavior.teacher import TeacherBehavior
+        from omniopd.inputs import read_responses
 
-        if not self.method.teacher_writes:
+        student, max_tokens = self.student, self.config.rollout.max_tokens
+        if author == "student":
             return StudentBehavior(self.engine, self.timer, self.verifier)
+        if author == "dataset":
+            return DatasetBehavior(
+                responses=read_responses(self.config.data),
+                encode=student.encode,
+                end_id=student.end_id,
+                detokenize=student.detokenize,
+                max_tokens=max_tokens,
+                verifier=self.verifier,
+            )
         assert self.teacher is not None
         return TeacherBehavior(
             teacher=self.teacher,
-            encode=self.student.encode,
-            end_id=self.student.end_id,
-            detokenize=self.student.detokenize,
-            max_tokens=self.config.rollout.max_tokens,
+            encode=student.encode,
+            end_id=student.end_id,
+            detokenize=student.detokenize,
+            max_tokens=max_tokens,
             timer=self.timer,
             verifier=self.verifier,
         )
@@ -225,12 +243,11 @@ class _Session:
         from omniopd.scoring.chunk_score import ChunkScorer
         from omniopd.supervision.chunked import ChunkedSupervision
         from omniopd.supervision.imitation import ImitationSupervision
-        from omniopd.supervision.logprob import LogprobSupervision
         from omniopd.supervision.verified import VerifiedSupervision
 
         settings = self.method.supervision
         if isinstance(settings, LogprobSettings):
-            return LogprobSupervision(weight=settings.weight)
+            return self._logprob_supervision(settings)
         if isinstance(settings, VerifierSettings):
             return VerifiedSupervision(normalize_std=settings.normalize_std)
         if not isinstance(settings, ChunkedSettings):
@@ -252,6 +269,23 @@ class _Session:
             max_missing_fraction=self.config.teacher.max_missing_fraction,
             seed=self.config.seed,
         )
+
+    def _logprob_supervision(self, settings: LogprobSettings) -> Supervision:
+        from omniopd.supervision.combined import SummedSupervision
+        from omniopd.supervision.logprob import LogprobSupervision
+        from omniopd.supervision.verified import VerifiedSupervision
+
+        assert self.method.objective is not None
+        supervision = LogprobSupervision(
+            objective=self.method.objective,
+            weight=settings.weight,
+            student=self._measure("auto"),
+            teacher=self.learner.teacher_logprobs,
+        )
+        if settings.verifier is None:
+            return supervision
+        reward = VerifiedSupervision(normalize_std=settings.verifier.normalize_std)
+        return SummedSupervision(((1.0, supervision), (settings.verifier.weight, reward)))
 
     def _measure(self, source: str) -> StudentMeasure:
         """Take the engine's own figures where they are exact, else a forward pass of the learner."""

@@ -5,6 +5,7 @@ The output is its own state; beside it lies `OUTPUT.settings.json`, which says h
 
 from __future__ import annotations
 
+import fcntl
 import json
 import math
 import os
@@ -20,12 +21,15 @@ from omniopd.api import ChunkRewarder, progress_display
 from omniopd.chunking import num_words
 from omniopd.errors import ConfigError, DataError, RunError, TeacherConnectionError, TeacherError
 from omniopd.responses import as_messages
-from omniopd.rewards import ChunkRewards, ScoredChunk
+from omniopd.rewards import ChunkRewards
+from omniopd.run_folder import write_json_atomic
 from omniopd.teachers.shaping import SHAPING_OPTIONS, lasting_spec
 from omniopd.types import Missing, Usage, Value
 
 OUTAGE_ROWS = 32
 """So many rows in a row without one answer are an outage: rows on file as failed would not be asked again."""
+LAST_ROWS = 3
+"""So many at the end are an outage too; fewer may be rows that no teacher can answer."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -55,6 +59,7 @@ def score_file(
     resume: bool = True,
     progress: bool = True,
     keep_continuations: bool = False,
+    retry_failed: bool = False,
 ) -> ScoreSummary:
     """Write every row of `input` with its scored chunks to `output`, in order. Spends money at a paid teacher.
 
@@ -74,6 +79,7 @@ def score_file(
         resume: Keep the rows of an existing output; they must be those of the input and scored with the same settings.
             False starts afresh.
         progress: Draw a bar on a terminal; elsewhere write a line now and then, to standard error.
+        retry_failed: Ask again for the rows of an existing output that lack a score because a request failed.
         keep_continuations: Give each chunk `continuations`, too: the texts of the teacher that the score rests on.
 
     Raises:
@@ -88,11 +94,15 @@ def score_file(
     if input.resolve() == output.resolve():
         raise ConfigError(f"input and output are both {input}; expected two files")
     rows = _read_rows(input)
+    if output.exists() and not output.is_file():
+        raise ConfigError(f"the output {output} is no regular file; expected a file that can be read again")
     done = _completed_rows(output, rows, input) if resume else 0
     settings = output.with_name(f"{output.name}.settings.json")
     wanted = {**rewarder.settings, "keep_continuations": keep_continuations}
     if done:
         _check_settings(settings, wanted)
+    if done and retry_failed:
+        _retry_failed(output, rewarder, keep_continuations=keep_continuations)
     tally = _Tally()
     with (
         _writing(output, settings, wanted, is_new=not done) as file,
@@ -196,8 +206,8 @@ class _Sink:
             self._raise_outage()
 
     def finish(self) -> None:
-        """Write the rows that are held back, unless the teacher never answered. Raises TeacherConnectionError then."""
-        if self._held and not self._has_answers:
+        """Write the rows that are held back. Raises TeacherConnectionError when the teacher seems to be gone."""
+        if self._held and (not self._has_answers or self._failed_rows >= LAST_ROWS):
             self._raise_outage()
         self._append(self._held)
 
@@ -206,7 +216,7 @@ class _Sink:
             return
         rows = self._rows[self._written : self._written + len(ready)]
         lines = [
-            _line({**row, "chunks": [self._object(chunk) for chunk in rewards.chunks]})
+            _line({**row, "chunks": _chunk_objects(rewards, self._keep_continuations)})
             for row, rewards in zip(rows, ready, strict=True)
         ]
         try:
@@ -219,18 +229,45 @@ class _Sink:
         for rewards in ready:
             self._tally.add(rewards)
 
-    def _object(self, chunk: ScoredChunk) -> dict[str, Any]:
-        values = chunk.to_json()
-        if not self._keep_continuations:
-            del values["continuations"]
-        return values
-
     def _raise_outage(self) -> NoReturn:
         chunks = [chunk for rewards in self._held for chunk in rewards.chunks]
         raise TeacherConnectionError(
             f"the teacher failed on all {len(chunks)} chunks of {self._failed_rows} rows in a row, the "
             f"first with: {chunks[0].detail or 'no detail'}"
         )
+
+
+def _chunk_objects(rewards: ChunkRewards, keep_continuations: bool) -> list[dict[str, Any]]:
+    objects = [chunk.to_json() for chunk in rewards.chunks]
+    for values in objects:
+        if not keep_continuations:
+            del values["continuations"]
+    return objects
+
+
+def _retry_failed(output: Path, rewarder: ChunkRewarder, *, keep_continuations: bool) -> None:
+    """Score the rows again in which a request failed, and put the file back as a whole."""
+    lines = output.read_bytes().split(b"\n")[:-1]
+    written = [_parse(line, f"{output}:{number}") for number, line in enumerate(lines, 1)]
+    lost = (Missing.FAILED.value, Missing.TIMEOUT.value)
+    again = [i for i, row in enumerate(written) if any(chunk["missing"] in lost for chunk in row["chunks"])]
+    rows = [written[i] for i in again]
+    rewards = rewarder.score(
+        [row["prompt"] for row in rows],
+        [row["response"] for row in rows],
+        entropies=[row.get("entropies") for row in rows],
+    )
+    for i, row, new in zip(again, rows, rewards, strict=True):
+        lines[i] = _line({**row, "chunks": _chunk_objects(new, keep_continuations)}).encode().rstrip(b"\n")
+    beside = output.with_name(f"{output.name}.new")
+    try:
+        with beside.open("wb") as file:
+            file.write(b"".join(line + b"\n" for line in lines))
+            file.flush()
+            os.fsync(file.fileno())
+        beside.replace(output)
+    except OSError as error:
+        raise RunError(f"cannot write {beside}: {error.strerror}; free the disk and run the same again") from error
 
 
 def _failed(rewards: ChunkRewards) -> bool:
@@ -243,12 +280,18 @@ def _writing(output: Path, settings: Path, wanted: Mapping[str, Any], *, is_new:
     """Open the output and write down beside it how it is scored. Raises RunError."""
     try:
         output.parent.mkdir(parents=True, exist_ok=True)
-        file = output.open("wb" if is_new else "ab")
+        file = output.open("ab")
     except OSError as error:
         raise RunError(f"cannot write {output}: {error.strerror}; give another output file") from error
     with file:
         try:
-            settings.write_text(json.dumps(wanted, indent=1) + "\n", encoding="utf-8")
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            raise RunError(f"another process is writing {output}; wait for it, or give another output file") from error
+        try:
+            if is_new:
+                file.truncate(0)
+            write_json_atomic(settings, dict(wanted))
         except OSError as error:
             raise RunError(f"cannot write {settings}: {error.strerror}; give another output file") from error
         yield file

@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import cast
+from typing import Any, cast
 
 from omniopd.config import RunConfig, TeacherConfig
 from omniopd.errors import ConfigError
 from omniopd.estimate import Estimate, chunk_shape, estimate_run
 from omniopd.method import ChunkedSettings, Method, build_method
+from omniopd.models import reads_alike
 from omniopd.progress import format_seconds, format_usd
 from omniopd.teachers.cards import Transport
-from omniopd.teachers.continuation import ASKED, continuation_messages
+from omniopd.teachers.continuation import ANCHOR_CHARACTERS, ASKED, continuation_messages
 from omniopd.teachers.probe import ProbeCache, ProbeResult
-from omniopd.teachers.resolve import LOCAL_DIALECTS, Target, find_target
+from omniopd.teachers.resolve import LOCAL_DIALECTS, Target, find_target, pick_transport
 from omniopd.teachers.spec import is_loopback
 from omniopd.types import Message
 
@@ -23,21 +24,23 @@ ASSUMED_PROMPT_TOKENS = 200
 """Where the data is not at hand."""
 
 
-def describe_calls(config: RunConfig, method: Method, *, prompt_tokens: int, is_assumed: bool) -> str:
+def describe_calls(config: RunConfig, method: Method, *, prompt_tokens: int, transport: str, is_assumed: bool) -> str:
     """Return the calls, tokens, USD and time of a step and of the run, as ranges.
 
     Args:
         config: the run.
         method: its parts.
         prompt_tokens: mean length of what is sent besides the student's text.
+        transport: how the partial answer is handed over.
         is_assumed: nobody could measure that.
     """
     if not method.needs_text_teacher:
         return "none: this method asks for no text"
     target = checked_target(config)
     probe = find_probe(config.teacher, target)
-    whole = estimate_run(config, method, target, prompt_tokens=prompt_tokens, probe=probe)
-    one = estimate_run(config.model_copy(update={"steps": 1}), method, target, prompt_tokens=prompt_tokens, probe=probe)
+    known: dict[str, Any] = {"prompt_tokens": prompt_tokens, "transport": transport, "probe": probe}
+    whole = estimate_run(config, method, target, **known)
+    one = estimate_run(config.model_copy(update={"steps": 1}), method, target, **known)
     assert whole is not None and one is not None
     rows = [("", "a step", f"{config.steps} steps")]
     for name in ("requests", "continuations", "output tokens", "input tokens"):
@@ -62,7 +65,10 @@ def instruction_tokens(method: Method, transport: str) -> int:
     if not isinstance(method.supervision, ChunkedSettings) or transport not in ASKED:
         return 0
     asked = continuation_messages(
-        [Message(role="user", content="")], "x", max_tokens=chunk_shape(method)[0], transport=cast(Transport, transport)
+        [Message(role="user", content="")],
+        "x" * ANCHOR_CHARACTERS,
+        max_tokens=chunk_shape(method)[0],
+        transport=cast(Transport, transport),
     )
     return sum(len(message.content) for message in asked) // CHARACTERS_PER_TOKEN
 
@@ -74,9 +80,25 @@ def estimate_with(
     if not method.needs_text_teacher:
         return None
     target = checked_target(config)
-    way = probe.chosen if probe and probe.chosen else config.teacher.continuation
-    mean = round(sum(prompt_tokens) / max(1, len(prompt_tokens)))
-    return estimate_run(config, method, target, prompt_tokens=mean + instruction_tokens(method, way), probe=probe)
+    way = probe.chosen if probe and probe.chosen else likely_transport(config, target)
+    sent = round(sum(prompt_tokens) / max(1, len(prompt_tokens))) + instruction_tokens(method, way)
+    return estimate_run(config, method, target, prompt_tokens=sent, transport=way, probe=probe)
+
+
+def likely_transport(config: RunConfig, target: Target) -> Transport:
+    """Return how the teacher will be asked, as far as that is known without asking it. Raises ConfigError."""
+    if target.card.dialect in LOCAL_DIALECTS:
+        # A stand-in has no wire: it takes the messages and the open answer as they are.
+        return "prefill"
+    tokenizer = config.teacher.tokenizer or config.teacher.serve
+    may_share = tokenizer is not None and "tokens" in target.card.can.continuations
+    return pick_transport(
+        target.card,
+        config.teacher.continuation,
+        has_tokenizer=tokenizer is not None,
+        shares_vocabulary=may_share and reads_alike(config.student.model, str(tokenizer)),
+        is_card_host=target.is_card_host,
+    )
 
 
 def spending_notice(config: RunConfig) -> str | None:
@@ -90,7 +112,7 @@ def spending_notice(config: RunConfig) -> str | None:
     target = checked_target(config)
     if target.card.dialect in LOCAL_DIALECTS:
         return None
-    whole = estimate_run(config, method, target, prompt_tokens=ASSUMED_PROMPT_TOKENS)
+    whole = estimate_run(config, method, target, prompt_tokens=ASSUMED_PROMPT_TOKENS, transport="")
     assert whole is not None
     settings = config.teacher
     bought = f"{settings.spec} writes at most {whole.high.output_tokens:,} tokens in {whole.high.requests:,} requests"
@@ -142,6 +164,7 @@ def probe_key(settings: TeacherConfig, target: Target) -> list[object]:
         settings.temperature,
         settings.top_p,
         settings.extra_body,
+        target.card.model_dump(mode="json"),
     ]
 
 

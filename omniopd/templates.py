@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 
 from omniopd.data import Dataset
 from omniopd.errors import ConfigError, DataError
+from omniopd.models import render_chat
 from omniopd.types import Message, Prompt
 
 if TYPE_CHECKING:
@@ -49,16 +50,13 @@ def render_prompt(
 
         turns = [{"role": message.role, "content": message.content} for message in messages]
         try:
-            text = tokenizer.apply_chat_template(
-                turns, chat_template=chat_template, add_generation_prompt=True, tokenize=False
-            )
+            text = render_chat(tokenizer, turns, chat_template=chat_template, add_generation_prompt=True)
         except TemplateError as error:
             roles = ", ".join(message.role for message in messages)
             raise DataError(
                 f"the chat template does not take a conversation of {roles}: {error}; change the prompts, leave out "
                 "data.system_prompt, or set student.chat_template"
             ) from error
-        assert isinstance(text, str)
         return text
     others = sorted({message.role for message in messages} - {"user"})
     if others:

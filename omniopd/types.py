@@ -32,6 +32,8 @@ class Author(StrEnum):
 
     STUDENT = "student"
     TEACHER = "teacher"
+    DATASET = "dataset"
+    """A reference response of the data."""
 
 
 class Missing(StrEnum):

@@ -73,11 +73,11 @@ class ScriptedTeacher:
         if outcome is not None:
             continuations = (Continuation(text=None, missing=outcome, detail="scripted"),) * request.n
         else:
+            numbers = request.sample_numbers or range(request.n)
             with self._sold.open("a") as file:
-                file.write("".join(f"{request.prefix} {request.seed} {i}\n" for i in range(request.n)))
+                file.write("".join(f"{request.prefix} {request.seed} {i}\n" for i in numbers))
             continuations = tuple(
-                Continuation(text=f" {request.prefix}/{request.seed}/{i}", finish_reason="stop")
-                for i in range(request.n)
+                Continuation(text=f" {request.prefix}/{request.seed}/{i}", finish_reason="stop") for i in numbers
             )
         replies = [
             Reply(position=position, sample=i, raw=f"raw {c.text}", continuation=c) for i, c in enumerate(continuations)

@@ -384,7 +384,8 @@ def test_every_option_of_open_teacher_is_known_to_shape_or_not_to() -> None:
     parameters = inspect.signature(open_teacher).parameters
     speed = {"max_concurrency", "requests_per_minute", "tokens_per_minute", "timeout_s", "deadline_s", "max_attempts"}
     money = {"budget_usd", "budget_tokens", "budget_calls", "price", "ledger", "batch", "progress"}
-    assert set(parameters) - {"spec"} == set(SHAPING_OPTIONS) | speed | money
+    records = {"address", "remembers"}
+    assert set(parameters) - {"spec"} == set(SHAPING_OPTIONS) | speed | money | records
     assert {name: parameters[name].default for name in SHAPING_OPTIONS} == dict(SHAPING_OPTIONS)
     assert parameters["max_concurrency"].default == omniopd.api._DEFAULT_CONCURRENCY
 

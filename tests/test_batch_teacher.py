@@ -487,8 +487,8 @@ def test_refusals_stop_at_once_without_the_key(
 def test_the_key_goes_nowhere_else(tmp_path: Path) -> None:
     with BatchServer(says(), polls=0) as server, BatchServer(says()) as other:
         server.results_url = f"{other.base_url}/messages/batches/x/results"
-        with pytest.raises(TeacherResponseError, match="the key is not sent there"):
-            run(plan(server, "anthropic"), tmp_path, [ask("a")])
+        (answer,) = run(plan(server, "anthropic"), tmp_path, [ask("a")])
+        assert answer.continuations[0].text is not None
         assert other.asked == []
 
 

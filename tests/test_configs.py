@@ -14,6 +14,7 @@ from omniopd.estimate import estimate_step
 from omniopd.method import build_method
 from omniopd.overrides import list_configs, load_config
 from omniopd.spending import spending_notice
+from omniopd.teachers.cards import card_names
 
 CONFIGS = list_configs()
 
@@ -48,13 +49,15 @@ def test_dry_run_needs_no_network(name: str, tmp_path: Path, monkeypatch: pytest
         "== Objective ==",
         "== Prompts ==",
         "== Teacher calls, at most ==",
-        "The teacher reads",
     ):
         assert part in text
+    assert ("The teacher reads" in text) == build_method(load_config([name]).method).needs_text_teacher
 
 
 def test_the_expected_files_are_there() -> None:
     assert set(CONFIGS) >= {"quickstart", "openai-gpt-4o", "paper-qwen3-4b", "local-open-weight-teacher"}
+    baselines = {"sft-teacher-samples", "gkd", "opd-reverse-kl", "opd-sampled-token", "opd-top-k", "grpo-verifier"}
+    assert set(CONFIGS) >= baselines | {"opd-verifier", "minillm"}
 
 
 def test_paper_file_keeps_the_published_settings() -> None:
@@ -114,6 +117,13 @@ def test_prompts_are_shown_as_both_models_read_them(student_folder: Path) -> Non
     assert "[assistant] [what the student wrote before the chunk]" in prefill
     echo = dry_run(quickstart("teacher={spec: 'echo:demo', serve: null}"))
     assert "[assistant] [what the student wrote before the chunk]" in echo
+
+
+@pytest.mark.parametrize("card", [name for name in card_names() if name not in ("replay", "hf")])
+def test_a_dry_run_shows_what_every_kind_of_teacher_reads(card: str) -> None:
+    address = "@https://resource.test/openai/v1" if card == "azure" else ""
+    text = dry_run(quickstart(f"teacher={{spec: '{card}:some-model{address}', serve: null}}"))
+    assert "[what the student wrote before the chunk]" in text
 
 
 @pytest.fixture

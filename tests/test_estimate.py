@@ -73,6 +73,7 @@ def test_a_run_is_priced_at_both_ends_and_timed_by_the_probe() -> None:
         build_method(run.method),
         find_target("openai:m", price=PRICE),
         prompt_tokens=100,
+        transport="chat",
         probe=probe(seconds=2.0, honors_n=True, thinking_tokens=0.0),
     )
     assert expected is not None and expected.usd is not None and expected.seconds is not None
@@ -86,10 +87,10 @@ def test_a_run_is_priced_at_both_ends_and_timed_by_the_probe() -> None:
 def test_rates_bound_the_time() -> None:
     run = config(requests_per_minute=60)
     method, target = build_method(run.method), find_target("openai:m")
-    expected = estimate_run(run, method, target, prompt_tokens=100)
+    expected = estimate_run(run, method, target, prompt_tokens=100, transport="chat")
     assert expected is not None
     assert (expected.usd, expected.seconds) == (None, (240.0, 320.0))
-    unknown = estimate_run(config(), method, target, prompt_tokens=100)
+    unknown = estimate_run(config(), method, target, prompt_tokens=100, transport="chat")
     assert unknown is not None and unknown.seconds is None
     assert "teachers check openai:m" in unknown.seconds_source
 
@@ -97,17 +98,17 @@ def test_rates_bound_the_time() -> None:
 def test_a_teacher_that_ignores_n_is_paid_for_each_sample() -> None:
     run = config(price=PRICE)
     method, target = build_method(run.method), find_target("openai:m", price=PRICE)
-    ignored = estimate_run(run, method, target, prompt_tokens=100, probe=probe(honors_n=False))
+    ignored = estimate_run(run, method, target, prompt_tokens=100, transport="chat", probe=probe(honors_n=False))
     assert ignored is not None
     assert ignored.high.requests == 960
 
 
 def test_the_words_name_what_is_unknown_and_what_may_stop_the_run() -> None:
     run = config()
-    told = describe_calls(run, build_method(run.method), prompt_tokens=100, is_assumed=True)
+    told = describe_calls(run, build_method(run.method), prompt_tokens=100, transport="chat", is_assumed=True)
     assert "price of openai:m is unknown" in told and "(assumed: the data is not at hand)" in told
     limited = config(price=PRICE, budget_usd=0.1, budget_tokens=1000, budget_calls=9)
-    told = describe_calls(limited, build_method(limited.method), prompt_tokens=100, is_assumed=False)
+    told = describe_calls(limited, build_method(limited.method), prompt_tokens=100, transport="chat", is_assumed=False)
     for name in ("budget_usd 0.1", "budget_tokens 1,000", "budget_calls 9"):
         assert f"teacher.{name} may stop the run" in told
     assert "Price: your settings." in told

@@ -14,17 +14,21 @@ ROOT = Path(__file__).resolve().parents[1] / "omniopd"
 # From the bottom to the top; a name stands for a module or a whole package, the longest match counts.
 LAYERS: tuple[frozenset[str], ...] = (
     frozenset({"", "errors"}),
+    frozenset({"kernels"}),
     frozenset({"timing", "types", "worlds"}),
     frozenset(
         {
             "bootstrap",
             "chunking",
+            "concurrency",
             "config",
             "data",
             "models",
+            "parts",
             "presets",
             "progress",
             "prompts",
+            "rewards",
             "rollout.detokenize",
             "rollout.engine",
             "run_folder",
@@ -33,7 +37,8 @@ LAYERS: tuple[frozenset[str], ...] = (
             "verify",
         }
     ),
-    frozenset({"generation", "serving.batcher"}),
+    frozenset({"generation", "responses", "serving.batcher"}),
+    frozenset({"logits"}),
     frozenset(
         {
             "checkpoint",
@@ -89,7 +94,9 @@ HEAVY = frozenset(
 LEAVES = (
     "checkpoint",
     "generation",
+    "kernels",
     "learner",
+    "logits.foreign",
     "rollout.embedded",
     "serving.app",
     "worlds.mini_math.build",

@@ -8,14 +8,13 @@ import pytest
 import torch
 
 from omniopd.errors import ConfigError
+from omniopd.learner.divergences import TeacherForwardKL, TeacherReverseKL
 from omniopd.learner.losses import (
     LOSSES,
     STREAMS,
     ForwardKL,
     PolicyGradient,
     SoftCrossEntropy,
-    TeacherForwardKL,
-    TeacherReverseKL,
     TokenCrossEntropy,
     TokenSlice,
     build_losses,
@@ -152,10 +151,19 @@ def test_a_loss_is_chosen_by_name() -> None:
 @pytest.mark.parametrize(
     ("overrides", "told"),
     [
-        ({"klx": {"type": "reverse_kl"}}, "no stream 'klx'; there are pg, anchor, kl, ce, soft"),
-        ({"kl": {"type": "jsd"}}, "learner.losses.kl.type is 'jsd'; it can be reverse_kl, forward_kl"),
-        ({"kl": {}}, "learner.losses.kl.type is None"),
-        ({"kl": {"type": "reverse_kl", "beta": 1}}, r"learner.losses.kl \(reverse_kl\) has no setting beta"),
+        ({"klx": {"type": "reverse_kl"}}, r"no stream 'klx'; did you mean 'kl'\? Allowed: pg, anchor, kl, ce, soft"),
+        ({"kl": {"type": "jds"}}, r"learner\.losses\.kl\.type: there is no value 'jds'; did you mean 'jsd'\?"),
+        ({"kl": {}}, r"learner\.losses\.kl\.type: there is no value None"),
+        ({"kl": {"type": "reverse_kl", "beta": 1}}, r"learner\.losses\.kl\.beta: there is no setting of reverse_kl"),
+        ({"kl": {"type": "jsd", "beta": "half"}}, r"learner\.losses\.kl\.beta: .*got 'half'"),
+        ({"kl": {"type": "jsd", "convention": "tlr"}}, r"learner\.losses\.kl\.convention: .*got 'tlr'"),
+        ({"kl": {"type": "jsd", "beta": 1.5}}, r"learner\.losses\.kl: beta must be in \[0, 1\], got 1\.5$"),
+        ({"kl": {"type": "mixed", "forward": -0.1}}, r"forward must be in \[0, 1\], got -0\.1"),
+        ({"kl": {"type": "skewed", "alpha": 1}}, r"alpha must be at least 0 and less than 1"),
+        ({"kl": {"type": "reverse_kl", "temperature": 0}}, r"temperature must be positive, got 0"),
+        ({"kl": {"type": "teacher_topk_reverse_kl", "k": 0}}, r"k must be 1 or more, got 0"),
+        ({"kl": {"type": "teacher_topk_reverse_kl", "k": 2.5}}, r"learner\.losses\.kl\.k: .*got 2\.5"),
+        ({"anchor": {"type": "reverse_kl"}}, r"learner\.losses\.anchor\.type: there is no value 'reverse_kl'"),
     ],
 )
 def test_unknown_losses_are_refused(overrides: dict[str, dict[str, object]], told: str) -> None:

@@ -14,21 +14,24 @@ from omniopd.learner.losses import LOSSES
 from omniopd.method import (
     CHUNKERS,
     CREDITS,
-    LOSS_TYPES,
+    OBJECTIVES,
     TRANSFORMS,
     ChunkedSettings,
     ImitationSettings,
     LogprobSettings,
     Method,
+    VerifierReward,
     VerifierSettings,
     build_method,
-    build_part,
     check_losses,
     describe_part,
 )
+from omniopd.overrides import load_config
+from omniopd.parts import build_part
 from omniopd.signals.credit import CenteredTarget, RawAgreement, SmoothedTarget, TeacherText
 from omniopd.signals.filters import DropTruncated, DropUnaudited
 from omniopd.signals.weights import WeightByEntropy, WeightByPosition
+from omniopd.supervision.logprob import Divergence, MiniLLM, SampledTokens
 
 DEFAULT_CHUNKER = EntropyChunker(chunk_tokens=50, max_chunks=4)
 
@@ -41,7 +44,7 @@ def test_the_default_method() -> None:
     method = build_method(MethodConfig())
     assert method.supervision == ChunkedSettings()
     assert (method.chunker, method.credit, method.transforms) == (DEFAULT_CHUNKER, TeacherText(), ())
-    assert (method.needs_text_teacher, method.needs_teacher_weights, method.teacher_writes) == (True, False, False)
+    assert (method.needs_text_teacher, method.needs_teacher_weights, method.authors) == (True, False, {"student": 1.0})
     assert build() == method
 
 
@@ -99,7 +102,7 @@ def test_other_supervisions() -> None:
     assert (verifier.needs_text_teacher, verifier.needs_teacher_weights, verifier.credit) == (False, False, None)
     imitation = build(type="imitation")
     assert imitation.supervision == ImitationSettings(type="imitation")
-    assert (imitation.needs_text_teacher, imitation.teacher_writes) == (True, True)
+    assert (imitation.needs_text_teacher, imitation.authors) == (True, {"teacher": 1.0})
 
 
 def test_chunked_settings_are_taken_over() -> None:
@@ -153,6 +156,110 @@ def test_mistakes_name_the_key_and_the_nearest_one(supervision: dict[str, Any], 
         build(**supervision)
 
 
+def test_every_objective_of_a_teachers_logprobs() -> None:
+    assert build(type="logprob").objective == Divergence()
+    assert build(type="logprob", objective="sampled").objective == SampledTokens()
+    half = build(type="logprob", objective={"type": "sampled", "discount": 0.5})
+    assert half.objective == SampledTokens(discount=0.5) and not half.uses_divergence
+    settings = {"discount": 0.9, "length_normalize": False, "single_step": False}
+    assert build(type="logprob", objective={"type": "minillm", **settings}).objective == MiniLLM(**settings)  # type: ignore[arg-type]
+    assert build(type="logprob", objective="minillm").uses_divergence
+    assert set(OBJECTIVES) == {"divergence", "sampled", "minillm"}
+    reward = build(type="logprob", verifier={"weight": 0.5, "normalize_std": False}).supervision
+    assert isinstance(reward, LogprobSettings)
+    assert reward.verifier == VerifierReward(weight=0.5, normalize_std=False)
+
+
+def test_who_writes() -> None:
+    mixed = build(type="logprob", authors={"student": 0.5, "teacher": 0.25, "dataset": 0.25})
+    assert mixed.authors == {"student": 0.5, "teacher": 0.25, "dataset": 0.25}
+    assert (mixed.needs_text_teacher, mixed.needs_teacher_weights) == (True, True)
+    assert "50% by the student, 25% by the teacher, 25% by the dataset" in mixed.in_words()
+    given = build(type="logprob", authors={"student": 0.5, "dataset": 0.5, "teacher": 0})
+    assert (given.authors, given.needs_text_teacher) == ({"student": 0.5, "dataset": 0.5}, False)
+    assert build(type="logprob").authors == build(type="verifier").authors == build().authors == {"student": 1.0}
+
+
+@pytest.mark.parametrize(
+    ("supervision", "told"),
+    [
+        ({"objective": "sampeld"}, r"method\.supervision\.objective\.type: .*did you mean 'sampled'\?"),
+        ({"objective": {"type": "sampled", "single_step": True}}, "there is no setting of sampled 'single_step'"),
+        ({"objective": {"type": "minillm", "discount": 1.1}}, r"objective: discount must be in \[0, 1\], got 1\.1"),
+        ({"objective": {"type": "sampled", "discount": -0.1}}, "discount must be in"),
+        ({"objective": {"type": "sampled", "estimator": "k2"}}, r"its square punishes tokens.*use estimator: k1, or b"),
+        ({"objective": {"type": "sampled", "estimator": "k3"}}, r"reverse KL minus that of the forward KL.*use estima"),
+        (
+            {"authors": {"student": 0.5}},
+            r"method\.supervision\.authors is \{'student': 0\.5\}; expected shares.*add up",
+        ),
+        ({"authors": {"student": 1.5, "teacher": -0.5}}, "expected shares of 0 or more"),
+        ({"authors": {"studnt": 1}}, r"method\.supervision\.authors\.studnt"),
+        (
+            {"authors": {"student": 0.5, "teacher": 0.5}, "objective": "sampled"},
+            r"share of teacher, but objective: samp",
+        ),
+        (
+            {"authors": {"dataset": 1}, "objective": "minillm"},
+            r"share of dataset, but objective: minillm learns from tok",
+        ),
+        ({"authors": {"teacher": 1}, "verifier": {}}, r"verifier is set, but .* has no share of `student`"),
+        ({"verifier": {"weight": 0}}, r"method\.supervision\.verifier\.weight: .*greater than 0"),
+    ],
+)
+def test_white_box_mistakes_are_told_with_a_way_out(supervision: dict[str, Any], told: str) -> None:
+    with pytest.raises(ConfigError, match=told):
+        build(type="logprob", **supervision)
+
+
+@pytest.mark.parametrize(
+    ("supervision", "loss", "told"),
+    [
+        ({"type": "verifier"}, {"type": "jsd"}, "jsd would never be used, because method.supervision feeds no diverg"),
+        ({}, {"type": "reverse_kl"}, r"use method\.supervision=\{type: logprob\}"),
+        ({"type": "logprob", "objective": "sampled"}, {"type": "reverse_kl"}, "would never be used"),
+        ({"type": "logprob", "objective": "minillm"}, {"type": "forward_kl"}, "cannot be MiniLLM's single step"),
+        ({"type": "logprob", "objective": "minillm"}, {"type": "reverse_kl", "temperature": 2}, "at temperature 1"),
+        (
+            {"type": "logprob", "authors": {"student": 0.5, "teacher": 0.5}},
+            {"type": "sampled_token"},
+            "from tokens that the student drew itself",
+        ),
+    ],
+)
+def test_losses_that_do_not_fit_the_method_are_refused(
+    supervision: dict[str, Any], loss: dict[str, Any], told: str
+) -> None:
+    check_losses({"kl": loss})
+    with pytest.raises(ConfigError, match=r"^learner\.losses\.kl: .*" + told):
+        check_losses({"kl": loss}, build(**supervision))
+    check_losses({"kl": loss}, build(type="logprob"))
+    check_losses({"pg": {"type": "policy_gradient"}}, build(**supervision))
+
+
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [
+        (
+            ["opd-sampled-token", "rollout.temperature=0.7"],
+            r"^rollout\.temperature is 0\.7: .*is biased; use temperature 1",
+        ),
+        (["minillm", "rollout.top_p=0.9"], r"^rollout\.top_p is 0\.9: .*objective: divergence"),
+        (
+            ["opd-reverse-kl", "rollout.top_p=0.9", "learner.losses={kl: {type: sampled_token}}"],
+            "is biased; use top_p 1",
+        ),
+        (["opd-verifier", "data.verifier=none"], r"^data\.verifier is none, but method\.supervision rewards"),
+        (["grpo-verifier", "data.verifier=none"], r"use data\.verifier: auto"),
+    ],
+)
+def test_inputs_that_the_objective_cannot_use_are_refused(words: list[str], told: str) -> None:
+    with pytest.raises(ConfigError, match=told):
+        load_config(words[:1], words[1:])
+    # A divergence over the vocabulary holds whatever was drawn.
+    load_config(["opd-reverse-kl"], ["rollout.temperature=0.7", "data.verifier=none"])
+
+
 @pytest.mark.parametrize(
     ("transform", "told"),
     [
@@ -192,10 +299,15 @@ def test_objectives_in_words() -> None:
         build(credit={"type": "centered"}).in_words(),
         build(credit={"type": "raw"}).in_words(),
         build(type="logprob").in_words(),
+        build(type="logprob", objective="sampled").in_words(),
+        build(type="logprob", objective={"type": "sampled", "discount": 0.5}).in_words(),
+        build(type="logprob", objective="minillm").in_words(),
+        build(type="logprob", objective={"type": "minillm", "single_step": False}).in_words(),
+        build(type="logprob", verifier={"weight": 0.5}).in_words(),
         build(type="verifier").in_words(),
         build(type="imitation").in_words(),
     }
-    assert len(words) == 5 and all(w.endswith(".") for w in words)
+    assert len(words) == 10 and all(w.endswith(".") for w in words)
 
 
 def test_parts_with_factories_need_nothing() -> None:
@@ -212,7 +324,9 @@ def test_parts_with_factories_need_nothing() -> None:
 
 
 def test_losses_of_the_run_file_are_those_of_the_learner() -> None:
-    assert {stream: tuple(table) for stream, table in LOSSES.items()} == dict(LOSS_TYPES)
+    for stream, table in LOSSES.items():
+        for name in table:
+            check_losses({stream: {"type": name}})
     check_losses({"kl": {"type": "forward_kl"}})
     for losses, told in (
         ({"kll": {"type": "reverse_kl"}}, "did you mean 'kl'"),

@@ -157,7 +157,8 @@ def test_a_small_model_that_knows_nothing_keeps_the_preferred_way() -> None:
     assert (result.chosen, len(result.ways)) == ("prefill", 2)
     assert "few continuations go on exactly" in warnings_of(result)[0]
     assert summarize_probe(result).splitlines() == [
-        "teacher test:m is asked by prefill: 10 of 10 continuations usable, agreement with itself 0.86, 0.50 s a request",
+        "teacher test:m is asked by prefill: 10 of 10 continuations usable, agreement with itself 0.86, "
+        "0.50 s a request",
         f"  warning: {warnings_of(result)[0]}",
     ]
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import time
 from collections.abc import Sequence
 from typing import Any
 
@@ -11,6 +12,7 @@ import pytest
 
 from loopback import Loopback, Received, Scripted, chat, completion, error
 from omniopd.errors import (
+    ConfigError,
     TeacherAuthError,
     TeacherBudgetError,
     TeacherConnectionError,
@@ -49,7 +51,11 @@ def teacher(
     base_url: str, *, card: str | Card = "openai", transport: str = "chat", model: str = "m", **settings: Any
 ) -> RemoteTeacher:
     whole = find_card(card) if isinstance(card, str) else card
-    asked = {name: settings.pop(name) for name in ("temperature", "top_p", "extra_body", "render") if name in settings}
+    asked = {
+        name: settings.pop(name)
+        for name in ("temperature", "top_p", "extra_body", "render", "address")
+        if name in settings
+    }
     plan = Plan(
         **{
             "teacher_id": "test:m",
@@ -194,17 +200,45 @@ def test_one_prompt_that_is_too_long_does_not_take_the_others_with_it() -> None:
     assert "HTTP 400: context is full" in answers[1].continuations[0].detail
 
 
-def test_a_server_that_ignores_n_is_asked_for_the_rest() -> None:
+def test_a_server_that_ignores_n_is_asked_for_the_rest_and_in_time_one_by_one() -> None:
     with Loopback([chat(" one")]) as server:
         one = teacher(server.base_url)
         (first,) = run(one, [ask(n=3, seed=5)])
-        assert len(server.received) == 3
-        (second,) = run(one, [ask("Other", n=2)])
+        assert [r.body.get("n") for r in server.received] == [3, None, None]
+        assert len({r.body.get("seed") for r in server.received}) == 3
+        for prefix in ("Second", "Third", "Fourth"):
+            run(one, [ask(prefix, n=2)])
     assert texts(first) == [" one"] * 3
     assert first.usage.requests == 3
-    assert [r.body.get("n") for r in server.received] == [3, None, None, None, None]
-    assert len({r.body.get("seed") for r in server.received[:3]}) == 3
-    assert texts(second) == [" one"] * 2
+    # One short answer may be a slip; after three in a row nobody asks for several any more.
+    assert [r.body.get("n") for r in server.received[3:]] == [2, None, 2, None, None, None]
+
+
+def test_one_short_answer_does_not_make_a_server_dear() -> None:
+    with Loopback([chat(" one"), chat(" two"), chat(" a", " b")]) as server:
+        one = teacher(server.base_url)
+        for i in range(6):
+            run(one, [ask(str(i), n=2)])
+    assert len(server.received) == 7
+
+
+def test_a_server_that_refuses_n_is_asked_one_by_one() -> None:
+    def script(received: Received) -> Scripted:
+        return error(400, "only one completion choice is allowed") if received.body.get("n") else chat(" 5")
+
+    with Loopback(script) as server:
+        one = teacher(server.base_url)
+        (first,) = run(one, [ask(n=2)])
+        run(one, [ask("Other", n=2)])
+    assert texts(first) == [" 5", " 5"]
+    assert [r.body.get("n") for r in server.received] == [2, None, None, None, None]
+    with Loopback([error(400, "the prompt is too long")]) as server:
+        one = teacher(server.base_url)
+        (answer,) = run(one, [ask(n=2)])
+        run(one, [ask("Other", n=2)])
+    assert [c.missing for c in answer.continuations] == [Missing.FAILED] * 2
+    # It was not `n`: the next request asks for both again.
+    assert [r.body.get("n") for r in server.received] == [2, None, None, 2, None, None]
 
 
 def test_too_many_and_too_few_choices() -> None:
@@ -243,12 +277,42 @@ def test_a_busy_server_is_waited_for_as_long_as_it_says(headers: dict[str, str],
     assert answer.usage.requests == 2
 
 
-def test_a_server_that_asks_for_ten_minutes_is_not_waited_for() -> None:
+def test_a_server_that_asks_for_ten_minutes_stops_the_run() -> None:
     waits = Waits()
     with Loopback([error(429, "slow down", headers={"retry-after": "600"})]) as server:
-        (answer,) = run(teacher(server.base_url, sleep=waits), [ask()])
-    assert (waits.seconds, len(server.received)) == ([], 1)
-    assert answer.continuations[0].missing is Missing.FAILED
+        one = teacher(server.base_url, sleep=waits, max_concurrency=1)
+        with pytest.raises(TeacherRateLimitError, match="asks to wait 600 s"):
+            run(one, [ask(str(i)) for i in range(5)])
+        assert (waits.seconds, len(server.received)) == ([], 1)
+
+
+def test_nobody_waits_for_a_turn_after_a_hard_stop() -> None:
+    with Loopback([error(401, "no")]) as server:
+        one = teacher(server.base_url, limiter=Limiter(max_in_flight=8, requests_per_minute=60))
+        start = time.monotonic()
+        with pytest.raises(TeacherAuthError):
+            run(one, [ask(str(i)) for i in range(40)])
+    # Ten may start at once and the others one a second.
+    assert time.monotonic() - start < 2.0
+
+
+def test_room_for_thinking_grows_once_for_all_that_is_under_way() -> None:
+    def script(received: Received) -> Scripted:
+        if received.body["max_completion_tokens"] < 200:
+            details = {"reasoning_tokens": 8}
+            return chat("", finish_reason="length", usage=(10, 8), completion_tokens_details=details)
+        return chat(" 5")
+
+    with Loopback(script) as server:
+        answers = run(teacher(server.base_url), [ask(str(i)) for i in range(12)])
+    assert [texts(answer) for answer in answers] == [[" 5"]] * 12
+    assert {r.body["max_completion_tokens"] for r in server.received} == {8, 276}
+
+
+def test_a_short_key_is_not_looked_for_in_answers() -> None:
+    with Loopback([chat(" none of them")]) as server:
+        (answer,) = run(teacher(server.base_url, api_key="none"), [ask()])
+    assert texts(answer) == [" none of them"]
 
 
 def test_failures_after_all_attempts_are_missing_samples_with_a_reason() -> None:
@@ -377,7 +441,10 @@ def test_what_shapes_answers_is_in_the_fingerprint() -> None:
     ]
     seen = [str(one.fingerprint) for one in (base, *others)]
     assert len(set(seen)) == len(seen)
-    assert teacher("http://127.0.0.1:1/v1").fingerprint == teacher("http://127.0.0.1:2/v1").fingerprint
+    # Two servers of this machine are two teachers, but one that a run starts itself may come back on another port.
+    assert teacher("http://127.0.0.1:1/v1").fingerprint != teacher("http://127.0.0.1:2/v1").fingerprint
+    served = [teacher(f"http://127.0.0.1:{port}/v1", address="served:abc").fingerprint for port in (1, 2)]
+    assert served[0] == served[1]
 
 
 def test_each_attempt_is_ordered_first_and_settled_once() -> None:
@@ -455,12 +522,12 @@ def test_the_longest_prefix_of_an_answer_goes_first_where_the_provider_caches_he
     with Loopback([slow]) as server:
         run(teacher(server.base_url, card=cached), [ask(prefix) for prefix in prefixes])
     sent = [next(p for p in sorted(prefixes, key=len, reverse=True) if p in str(r.body)) for r in server.received]
-    assert set(sent[:2]) == {prefixes[1], prefixes[2]}
-    assert set(sent[2:]) == {prefixes[0], prefixes[3]}
-    with Loopback([slow]) as server:
-        started = [0.0]
+    assert sent.index(prefixes[1]) < min(sent.index(prefixes[0]), sent.index(prefixes[3]))
+    # The longest one and the unrelated one, then the two shorter ones.
+    assert server.most_in_flight <= 3
+    with Loopback([Scripted(body=chat(" x").body, delay_s=0.3)]) as server:
         run(teacher(server.base_url), [ask(prefix) for prefix in prefixes])
-        assert server.most_in_flight == 4, started
+        assert server.most_in_flight == 4
 
 
 def test_token_ids_are_sent_as_they_are() -> None:
@@ -482,3 +549,36 @@ def test_no_usage_in_an_answer_counts_as_perhaps_billed() -> None:
         (answer,) = run(teacher(server.base_url), [ask()])
     assert texts(answer) == [" 5"]
     assert answer.usage.unanswered_requests == 1
+
+
+def test_a_refused_request_costs_nothing_even_where_the_price_is_unknown() -> None:
+    with Loopback([error(429, "slow"), chat(" 5", cost=0.25)]) as server:
+        (answer,) = run(teacher(server.base_url, price=None), [ask()])
+    assert answer.usage == Usage(requests=2, input_tokens=10, output_tokens=5, cost_usd=0.25)
+
+
+def test_samples_of_a_larger_request_keep_their_seeds() -> None:
+    import dataclasses
+
+    card = find_card("ollama").model_copy(update={"dialect": "openai"})
+    with Loopback([chat(" 5")]) as server:
+        one = teacher(server.base_url, card=card, transport="chat")
+        run(one, [ask(n=4, seed=7)])
+        whole = {r.body["seed"] for r in server.received}
+        run(one, [dataclasses.replace(ask(n=2, seed=7), sample_numbers=(1, 3))])
+    assert len(whole) == 4
+    assert {r.body["seed"] for r in server.received[4:]} < whole - {7}
+
+
+def test_seeds_fit_into_31_bits() -> None:
+    with Loopback([chat(" 5")]) as server:
+        run(teacher(server.base_url), [ask(seed=2**46 + 5)])
+    assert server.received[0].body["seed"] == 5
+
+
+@pytest.mark.parametrize(
+    "body", [{"generationConfig": {"candidateCount": 8}}, {"best_of": 20}, {"options": {"seed": 1}}]
+)
+def test_what_would_raise_the_bill_behind_the_budget_is_refused(body: dict[str, Any]) -> None:
+    with pytest.raises(ConfigError, match="has a setting of its own"):
+        teacher("https://h/v1", extra_body=body)

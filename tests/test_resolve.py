@@ -39,7 +39,7 @@ def test_a_missing_key_names_the_variable_to_set() -> None:
 
 def test_keys_go_to_this_machine_and_over_https_only(monkeypatch: pytest.MonkeyPatch) -> None:
     card = find_card("openai")
-    assert find_key(card, "http://127.0.0.1:9/v1") == "none"
+    assert find_key(card, "http://127.0.0.1:9/v1") is None
     assert find_key(find_card("vllm"), "http://gpu-box:8000/v1") is None
     monkeypatch.setenv("OPENAI_API_KEY", "sk-secret")
     assert find_key(card, "https://somewhere.example/v1") == "sk-secret"

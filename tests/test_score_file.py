@@ -405,7 +405,10 @@ def test_an_output_that_cannot_be_written_is_named_before_the_teacher_is_asked(t
     (tmp_path / "folder").mkdir()
     teacher = CountingTeacher()
     for output in (tmp_path / "folder", tmp_path / "file" / "out.jsonl"):
-        with ChunkRewarder(teacher=teacher) as rewarder, pytest.raises((RunError, DataError), match="cannot"):
+        with (
+            ChunkRewarder(teacher=teacher) as rewarder,
+            pytest.raises((RunError, DataError, ConfigError), match=r"cannot|no regular"),
+        ):
             score_file(source, output, rewarder, resume=False, progress=False)
     assert teacher.calls == 0
 
@@ -576,3 +579,33 @@ def test_a_file_goes_through_the_batch_endpoint_as_one_batch(tmp_path: Path, mon
     assert None not in batches
     assert summary.usage.requests == 100
     assert [row["id"] for row in _read(tmp_path / "out.jsonl")] == list(range(100))
+
+
+def test_rows_on_which_requests_failed_can_be_asked_again(tmp_path: Path) -> None:
+    source, output = _write(tmp_path / "in.jsonl", _ROWS), tmp_path / "out.jsonl"
+    with ChunkRewarder(teacher=CountingTeacher()) as rewarder:
+        score_file(source, output, rewarder, progress=False)
+    whole = output.read_bytes()
+    lines = [json.loads(line) for line in whole.splitlines()]
+    lost = lines[0]["chunks"][0]
+    lost |= {"score": None, "num_continuations": 0, "missing": "failed", "detail": "HTTP 500"}
+    output.write_text("".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines))
+    teacher = CountingTeacher()
+    with ChunkRewarder(teacher=teacher) as rewarder:
+        score_file(source, output, rewarder, progress=False)
+        assert teacher.calls == 0
+        score_file(source, output, rewarder, progress=False, retry_failed=True)
+    assert teacher.calls > 0
+    assert output.read_bytes() == whole
+
+
+def test_two_jobs_do_not_write_one_output(tmp_path: Path) -> None:
+    import fcntl
+
+    source, output = _write(tmp_path / "in.jsonl", _ROWS), tmp_path / "out.jsonl"
+    teacher = CountingTeacher()
+    with output.open("ab") as other, ChunkRewarder(teacher=teacher) as rewarder:
+        fcntl.flock(other, fcntl.LOCK_EX)
+        with pytest.raises(RunError, match="another process is writing"):
+            score_file(source, output, rewarder, progress=False)
+    assert teacher.calls == 0

@@ -112,5 +112,15 @@ def test_a_key_in_the_address_is_refused_without_showing_it(capsys: pytest.Captu
     assert KEY not in capsys.readouterr().err
 
 
+def test_a_key_in_the_place_of_the_model_is_refused_without_showing_it(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("OPENAI_API_KEY", "plainwordsecret")
+    for model in (KEY, "plainwordsecret"):
+        assert main(["teachers", "check", f"openai:{model}@http://127.0.0.1:9/v1"]) == 2
+        err = capsys.readouterr().err
+        assert "looks like a key" in err and model not in err
+
+
 def test_no_setting_is_made_for_a_key() -> None:
     assert not [name for name in RunConfig.model_fields["teacher"].annotation.model_fields if "key" in name]  # type: ignore[union-attr]

@@ -360,3 +360,12 @@ def test_the_raw_prompt_goes_first_at_servers_of_ones_own() -> None:
         assert find_card(name).can.continuations == order
     assert find_card("local").can.continuations == ("completions", "tokens", "prefill", "chat", "chat-turn")
     assert set(order) | {"structured"} == set(get_args(Transport))
+
+
+@pytest.mark.parametrize(
+    "spec",
+    ["openai:m@htps://host/v1", "openai:m@ftp://host", "openai:m@https:/host/v1", "openai:m@//host", "openai:m@"],
+)
+def test_an_address_with_a_slip_is_no_part_of_the_models_name(spec: str) -> None:
+    with pytest.raises(ConfigError, match="an address that is none"):
+        parse_spec(spec)

@@ -7,7 +7,7 @@ import hashlib
 from collections.abc import Callable, Sequence
 from typing import Protocol
 
-from omniopd.types import Prompt, Rollout, StepContext
+from omniopd.types import Author, FinishReason, Prompt, Rollout, StepContext
 
 Verifier = Callable[[str, str], bool]
 """(response, reference answer) -> right or wrong"""
@@ -29,6 +29,41 @@ def judge(rollouts: Sequence[Rollout], verifier: Verifier | None) -> list[Rollou
         r if r.prompt.answer is None else dataclasses.replace(r, is_correct=verifier(r.text, r.prompt.answer))
         for r in rollouts
     ]
+
+
+def transcribe(
+    text: str,
+    *,
+    id: str,
+    prompt: Prompt,
+    group_index: int,
+    author: Author,
+    has_ended: bool,
+    encode: Callable[[str], list[int]],
+    end_id: int | None,
+    detokenize: Callable[[Sequence[int]], tuple[str, tuple[int, ...]]],
+    max_tokens: int,
+) -> Rollout:
+    """Return text that somebody else wrote as a rollout in the student's tokens, `max_tokens` at most.
+
+    The end token follows where the text `has_ended` and there is room for it.
+    """
+    ids = encode(text)[:max_tokens]
+    ended = has_ended and len(ids) < max_tokens and end_id is not None
+    if ended and end_id is not None:
+        ids = [*ids, end_id]
+    written, char_starts = detokenize(ids)
+    return Rollout(
+        id=id,
+        prompt=prompt,
+        group_index=group_index,
+        token_ids=tuple(ids),
+        text=written,
+        char_starts=char_starts,
+        finish_reason=FinishReason.STOP if ended else FinishReason.LENGTH,
+        policy_version=-1,
+        author=author,
+    )
 
 
 def group_seeds(ctx: StepContext, prompts: Sequence[Prompt]) -> list[int]:

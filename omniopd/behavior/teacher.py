@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from omniopd.behavior.base import Verifier, group_seeds, judge
+from omniopd.behavior.base import Verifier, group_seeds, judge, transcribe
 from omniopd.errors import TeacherResponseError
 from omniopd.teachers.base import ContinuationRequest, Teacher
 from omniopd.timing import StepTimer
-from omniopd.types import Author, Continuation, FinishReason, Prompt, Rollout, StepContext
+from omniopd.types import Author, Continuation, Prompt, Rollout, StepContext
 
 
 @dataclass(frozen=True)
@@ -53,19 +53,15 @@ class TeacherBehavior:
 
     def _rollout(self, group: str, prompt: Prompt, index: int, continuation: Continuation) -> Rollout:
         assert continuation.text is not None
-        ids = self.encode(continuation.text)[: self.max_tokens]
-        ended = continuation.finish_reason == "stop" and len(ids) < self.max_tokens and self.end_id is not None
-        if ended and self.end_id is not None:
-            ids = [*ids, self.end_id]
-        text, char_starts = self.detokenize(ids)
-        return Rollout(
+        return transcribe(
+            continuation.text,
             id=f"{group}/{index}",
             prompt=prompt,
             group_index=index,
-            token_ids=tuple(ids),
-            text=text,
-            char_starts=char_starts,
-            finish_reason=FinishReason.STOP if ended else FinishReason.LENGTH,
-            policy_version=-1,
             author=Author.TEACHER,
+            has_ended=continuation.finish_reason == "stop",
+            encode=self.encode,
+            end_id=self.end_id,
+            detokenize=self.detokenize,
+            max_tokens=self.max_tokens,
         )

@@ -118,6 +118,20 @@ class Learner:
         self.policy.model.train(was_training)
         return results
 
+    @torch.no_grad()
+    def teacher_logprobs(self, rollouts: Sequence[Rollout]) -> list[tuple[float, ...]]:
+        """Return the open-weight teacher's logprobs [T] of each rollout's own tokens, exact, at temperature 1.
+
+        Raises LearnerError when none is loaded.
+        """
+        if self._teacher is None:
+            raise LearnerError(
+                "the method asks for an open-weight teacher, but none is loaded; set teacher.spec to hf:"
+            )
+        size = self._config.micro_batch_size
+        parts = [rollouts[start : start + size] for start in range(0, len(rollouts), size)]
+        return [logprobs for part in parts for logprobs, _ in self._score(part, self._teacher)]
+
     def state_dict(self) -> dict[str, Any]:
         """Return all that `load_state_dict` needs to go on bit for bit on a CPU."""
         return {
@@ -250,19 +264,25 @@ class Learner:
     @torch.no_grad()
     def _reference_logprobs(self, loss: TokenLoss, model: LanguageModel, states_NH: Tensor) -> Tensor:
         with self.policy.reference() if loss.needs == "reference" else nullcontext():
-            logprobs = model.logprobs(states_NH)
+            return self._in_student_vocabulary(model.logprobs(states_NH))
+
+    def _in_student_vocabulary(self, logprobs: Tensor) -> Tensor:
         # A padded embedding table may be longer than the student's; the extra rows are no tokens.
         width = self.policy.model.config.get_text_config().vocab_size
         if logprobs.shape[-1] > width:
             logprobs = torch.log_softmax(logprobs[..., :width], dim=-1)
         return logprobs
 
-    def _score(self, rollouts: Sequence[Rollout]) -> list[tuple[tuple[float, ...], tuple[float, ...]]]:
+    def _score(
+        self, rollouts: Sequence[Rollout], model: LanguageModel | None = None
+    ) -> list[tuple[tuple[float, ...], tuple[float, ...]]]:
+        """Return logprobs and entropies by the student, or by another model in the student's vocabulary."""
         policy = self.policy
+        model = model or policy
         input_ids, mask = pad_rollouts(rollouts, policy.tokenizer.pad_token_id or 0)
         results = []
         with policy.autocast():
-            hidden = policy.hidden(input_ids.to(policy.device), mask.to(policy.device))
+            hidden = model.hidden(input_ids.to(policy.device), mask.to(policy.device))
             for row, rollout in enumerate(rollouts):
                 start = len(rollout.prompt.token_ids) - 1
                 states_TH = hidden[row, start : start + rollout.num_tokens]
@@ -271,7 +291,7 @@ class Learner:
                 entropies: list[float] = []
                 for first in range(0, rollout.num_tokens, self._config.logits_slice_tokens):
                     part = slice(first, first + self._config.logits_slice_tokens)
-                    values_NV = policy.logprobs(states_TH[part])
+                    values_NV = self._in_student_vocabulary(model.logprobs(states_TH[part]))
                     logprobs += values_NV.gather(-1, ids_T[part, None]).squeeze(-1).tolist()
                     entropies += torch.special.entr(values_NV.exp()).sum(-1).tolist()
                 results.append((tuple(logprobs), tuple(entropies)))

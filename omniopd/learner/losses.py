@@ -1,5 +1,8 @@
 """Per-token losses. Each reads a slice of tokens and returns one value a token; the learner weights and adds them up.
 
+A loss is a frozen dataclass whose fields are its settings, vetted when it is made. Importing this file does not load
+torch, so a run file is checked against the losses themselves. Divergences to a teacher are in `divergences`.
+
 Shape letters: N tokens of a slice, V vocabulary. All inputs are float32 (float64 in tests).
 """
 
@@ -7,11 +10,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar, Protocol
-
-from torch import Tensor
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
 from omniopd.errors import ConfigError
+from omniopd.learner.divergences import DIVERGENCES
+from omniopd.parts import build_part, unknown
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,11 +101,7 @@ class SoftCrossEntropy:
 
 @dataclass(frozen=True)
 class ForwardKL:
-    """KL(R || P), exact over the vocabulary; R is the reference of the stream.
-
-    As the anchor, R is the frozen initial student (arXiv 2606.01476, section 3); as supervision, an open-weight
-    teacher. Covers what R does.
-    """
+    """KL(R || P), exact over the vocabulary, to the frozen initial student R. Source: arXiv 2606.01476, section 3."""
 
     stream: ClassVar[str] = "anchor"
     needs: ClassVar[str | None] = "reference"
@@ -110,34 +112,11 @@ class ForwardKL:
         return (reference.exp() * (reference - tokens.logprobs_NV)).sum(-1)
 
 
-@dataclass(frozen=True)
-class TeacherForwardKL(ForwardKL):
-    """KL(Q || P) to an open-weight teacher Q. Source: arXiv 2306.13649."""
-
-    stream: ClassVar[str] = "kl"
-    needs: ClassVar[str | None] = "teacher"
-
-
-@dataclass(frozen=True)
-class TeacherReverseKL:
-    """KL(P || Q), exact over the vocabulary: the usual on-policy distillation loss. Settles on what Q likes.
-
-    Source: arXiv 2306.13649.
-    """
-
-    stream: ClassVar[str] = "kl"
-    needs: ClassVar[str | None] = "teacher"
-
-    def __call__(self, tokens: TokenSlice) -> Tensor:
-        assert tokens.reference_logprobs_NV is not None
-        return (tokens.logprobs_NV.exp() * (tokens.logprobs_NV - tokens.reference_logprobs_NV)).sum(-1)
-
-
 STREAMS = ("pg", "anchor", "kl", "ce", "soft")
 LOSSES: Mapping[str, Mapping[str, type[Any]]] = {
     "pg": {"policy_gradient": PolicyGradient},
     "anchor": {"forward_kl": ForwardKL},
-    "kl": {"reverse_kl": TeacherReverseKL, "forward_kl": TeacherForwardKL},
+    "kl": DIVERGENCES,
     "ce": {"cross_entropy": TokenCrossEntropy},
     "soft": {"cross_entropy": SoftCrossEntropy},
 }
@@ -145,16 +124,11 @@ LOSSES: Mapping[str, Mapping[str, type[Any]]] = {
 
 
 def build_losses(overrides: Mapping[str, Mapping[str, Any]]) -> dict[str, TokenLoss]:
-    """Return the loss of every stream. Raises ConfigError for an unknown stream, type or key."""
+    """Return the loss of every stream. Raises ConfigError for an unknown stream, type or setting, or a value beyond
+    its bounds."""
     losses: dict[str, TokenLoss] = {stream: next(iter(table.values()))() for stream, table in LOSSES.items()}
     for stream, settings in overrides.items():
         if stream not in LOSSES:
-            raise ConfigError(f"learner.losses has no stream {stream!r}; there are {', '.join(LOSSES)}")
-        keys = dict(settings)
-        name = keys.pop("type", None)
-        if name not in LOSSES[stream]:
-            raise ConfigError(f"learner.losses.{stream}.type is {name!r}; it can be {', '.join(LOSSES[stream])}")
-        if keys:
-            raise ConfigError(f"learner.losses.{stream} ({name}) has no setting {', '.join(sorted(keys))}")
-        losses[stream] = LOSSES[stream][name]()
+            raise ConfigError(unknown(f"learner.losses.{stream}", stream, LOSSES, what="stream"))
+        losses[stream] = build_part(f"learner.losses.{stream}", settings, LOSSES[stream])
     return losses

@@ -29,6 +29,7 @@ from starlette.responses import JSONResponse
 from starlette.routing import Route
 
 from omniopd.errors import ConfigError, OmniOPDError
+from omniopd.models import render_chat
 from omniopd.serving.batcher import Batcher, Samples
 
 if TYPE_CHECKING:
@@ -225,9 +226,9 @@ class _Api:
         if self.tokenizer.chat_template is None:
             raise _BadRequest(f"{self.model_name} has no chat template; use /v1/completions", param="messages")
         try:
-            text = self.tokenizer.apply_chat_template(
+            text = render_chat(
+                self.tokenizer,
                 [message.model_dump() for message in body.messages],
-                tokenize=False,
                 add_generation_prompt=opens_turn,
                 continue_final_message=body.continue_final_message,
             )

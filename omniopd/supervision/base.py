@@ -24,6 +24,14 @@ class SignalTransform(Protocol):
         ...
 
 
+class TeacherMeasure(Protocol):
+    """Tells what an open-weight teacher makes of a rollout."""
+
+    def __call__(self, rollouts: Sequence[Rollout]) -> list[tuple[float, ...]]:
+        """Return the teacher's logprobs [T] of each rollout's own tokens at temperature 1, in nats."""
+        ...
+
+
 class StudentMeasure(Protocol):
     """Tells the student's own view of a rollout."""
 

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from omniopd.errors import ConfigError
-from omniopd.types import Rollout, StepContext, TokenSignal
+from omniopd.types import Author, Rollout, StepContext, TokenSignal
 
 MIN_STD = 1e-6
 
@@ -18,7 +18,7 @@ class VerifiedSupervision:
     """GRPO: reward 1 for a right answer, advantage = (reward - group mean) / group standard deviation.
 
     Source: arXiv 2402.03300. Differs: one gradient step on fresh samples, so no ratio and no clipping. A group without
-    spread has no signal.
+    spread has no signal, and what the student did not draw has none either.
     """
 
     normalize_std: bool = True
@@ -28,6 +28,8 @@ class VerifiedSupervision:
         """Raise ConfigError when a rollout has no verdict."""
         groups: dict[str, list[float]] = defaultdict(list)
         for rollout in rollouts:
+            if rollout.author is not Author.STUDENT:
+                continue
             if rollout.is_correct is None:
                 raise ConfigError(
                     f"method.supervision.type verifier needs an answer for every prompt; prompt {rollout.prompt.id} "
@@ -36,6 +38,10 @@ class VerifiedSupervision:
             groups[rollout.prompt.id].append(float(rollout.is_correct))
         signals = []
         for rollout in rollouts:
+            if rollout.author is not Author.STUDENT:
+                zeros = (0.0,) * rollout.num_tokens
+                signals.append(TokenSignal(rollout=rollout, advantages=zeros, pg_weights=zeros))
+                continue
             rewards = groups[rollout.prompt.id]
             spread = statistics.pstdev(rewards) if self.normalize_std else 1.0
             advantage = float(bool(rollout.is_correct)) - statistics.fmean(rewards)

@@ -26,6 +26,8 @@ class ContinuationRequest(Value):
     """Length limit of each continuation, in the teacher's tokens."""
     seed: int | None = None
     """Best effort at hosted teachers, exact at `omniopd serve`. Sample i of a request is the same whatever `n` is."""
+    sample_numbers: tuple[int, ...] | None = None
+    """[n] which samples of a larger request these are, when the others are there already; None: 0..n-1."""
     token_ids: tuple[int, ...] | None = None
     """Prompt and prefix as the student drew them, for a teacher with the student's own vocabulary; None where nobody
     needs them."""

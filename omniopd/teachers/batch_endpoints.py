@@ -12,7 +12,6 @@ from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, ClassVar, NoReturn, Protocol, Self
-from urllib.parse import urlsplit
 
 from omniopd.errors import TeacherAuthError, TeacherError, TeacherRateLimitError, TeacherResponseError
 from omniopd.types import Value
@@ -284,7 +283,8 @@ class AnthropicBatches:
 
     def _read(self, batch: Mapping[str, Any]) -> BatchState:
         counts = dict(batch.get("request_counts") or {})
-        source = batch.get("results_url")
+        # The address that is told may lie behind a proxy's back; this one is documented, and where the key may go.
+        source = f"{self._base_url}/messages/batches/{batch['id']}/results" if batch.get("results_url") else None
         return BatchState(
             ended=batch.get("processing_status") == "ended",
             done=sum(counts.values()) - counts.get("processing", 0),
@@ -296,12 +296,6 @@ class AnthropicBatches:
     async def results(self, state: BatchState) -> dict[str, Outcome]:
         found: dict[str, Outcome] = {}
         for source in state.sources:
-            # The key goes with the request, so it may only go where it went before.
-            if urlsplit(source)[:2] != urlsplit(self._base_url)[:2]:
-                raise TeacherResponseError(
-                    f"the results of a batch are said to be at {urlsplit(source).hostname}, expected them at "
-                    f"{urlsplit(self._base_url).hostname}; the key is not sent there"
-                )
             for row in _rows(await self._send("GET", source, "the results"), source):
                 found[row["custom_id"]] = self._outcome(row["result"])
         return found

@@ -33,6 +33,8 @@ class Kind(Generic[Item, T]):
     rank: int
     """Among neighbors in the queue, lower ranks go first."""
     is_durable: bool = False
+    after: Callable[[Sequence[Item]], None] | None = None
+    """Called with the items once they are committed, in the writer's thread."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -145,6 +147,10 @@ class GroupCommit:
                     self._commit([write])
                 return
             outcomes = [_Outcome(write, self._explained(error)) for write in writes]
+        else:
+            for kind in {write.kind for write in writes if write.kind is not None}:
+                if kind.after is not None:
+                    kind.after([write.item for write in writes if write.kind is kind])
         by_loop: dict[asyncio.AbstractEventLoop, list[_Outcome]] = {}
         for outcome in outcomes:
             if outcome.write.loop is None:

@@ -108,7 +108,7 @@ class HFTeacher:
         return {
             "teacher": self._id,
             "model": self._model,
-            "weights": _weights_identity(self._source),
+            "weights": weights_identity(self._source),
             "transport": self._transport,
             "template": template,
             "temperature": self._temperature,
@@ -310,7 +310,7 @@ def _load_config(source: str) -> PretrainedConfig:
         ) from error
 
 
-def _weights_identity(source: str) -> str:
+def weights_identity(source: str) -> str:
     """Return what tells a model from others: the commit on the hub, or a digest of the folder.
 
     A glimpse of each tensor tells trained weights apart without reading gigabytes, wherever the folder is copied to;

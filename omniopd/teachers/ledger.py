@@ -34,9 +34,11 @@ from omniopd.teachers.ledger_queries import (
     delete_claims,
     delete_orders,
     find_samples,
+    insert_lost,
     insert_rows,
 )
 from omniopd.teachers.ledger_schema import connect
+from omniopd.teachers.order_notes import Note, OrderNotes, noting_owners, read_notes, take_notes
 from omniopd.teachers.owners import Owner, is_alive, live_owners, owners_folder
 from omniopd.types import Usage
 
@@ -66,16 +68,17 @@ class Ledger:
         self._writer: GroupCommit | None = None
         self._writer_db: sqlite3.Connection | None = None
         self._owner: Owner | None = None
+        self._notes: OrderNotes | None = None
         self._numbers = itertools.count(1)
         self._held: set[str] = set()
+        self._billed: set[int] = set()
+        """Orders whose bills are in the transaction that is being written."""
         self._funds = RunningSums()
         # What was settled or released counts before anything else is claimed or ordered.
         self._releases = Kind(self._release, rank=0)
-        # Nobody waits for these, so their bills may stand in the same transaction: they go before them.
-        self._free_orders = Kind(self._reserve, rank=1)
-        self._bills = Kind(self._settle, rank=2, is_durable=True)
-        self._claims = Kind(self._claim, rank=3)
-        self._orders = Kind(self._reserve, rank=4)
+        self._bills = Kind(self._settle, rank=1, is_durable=True, after=self._strike)
+        self._claims = Kind(self._claim, rank=2)
+        self._orders = Kind(self._reserve, rank=3)
         with self._read_lock:
             self._open_reader()
 
@@ -108,13 +111,17 @@ class Ledger:
 
     def in_flight(self) -> list[InFlight]:
         """Return the requests under way of all processes, and those of dead ones that nobody has tidied up yet."""
-        rows = self._read(
-            lambda db: db.execute("SELECT owner, teacher, time, tokens, usd FROM orders ORDER BY time").fetchall()
-        )
+        rows = self._read(lambda db: db.execute("SELECT owner, teacher, time, tokens, usd FROM orders").fetchall())
+        noted: dict[str, Iterable[Note]] = {}
+        if self._folder is not None:
+            noted = {owner: read_notes(self._folder, owner) for owner in noting_owners(self._folder)}
+        if self._owner is not None and self._notes is not None:
+            noted[self._owner.id] = list(self._notes.open.values())
+        rows += [(owner, *note[1:]) for owner, notes in noted.items() for note in notes]
         alive = {owner: self._knows_alive(owner) for owner in {row[0] for row in rows}}
         return [
             InFlight(owner=owner, teacher=teacher, time=at, bound=Bound(tokens=tokens, usd=usd), is_alive=alive[owner])
-            for owner, teacher, at, tokens, usd in rows
+            for owner, teacher, at, tokens, usd in sorted(rows, key=lambda row: row[2])
         ]
 
     @property
@@ -162,9 +169,9 @@ class Ledger:
         """
         order = Ordered(next(self._numbers), teacher_id, bound)
         if not budget.is_limited:
-            # Nothing can refuse it, and it stands in the queue before its own bill: no need to wait for the writer. A
-            # process killed in these milliseconds leaves no note of it, which without a limit is only a count.
-            self._start().write_later(self._free_orders, Wish(order, budget, 0.0))
+            # Nothing can refuse it, so nobody has to wait for a transaction.
+            self._start()
+            self._known_notes().add(order)
             return order
         wait_s, deadline = _FIRST_WAIT_S, time.monotonic() + max_wait_s
         try:
@@ -207,12 +214,13 @@ class Ledger:
         with self._gate:
             writer, self._writer = self._writer, None
             if writer is not None:
-                writer.run_later(lambda db: bury(db, self._known_owner().id), is_durable=True)
+                writer.run_later(self._bury_own, is_durable=True)
                 writer.close()
+                self._known_notes().close()
                 self._known_owner().close()
                 if self._writer_db is not None and self.path != ":memory:":
                     self._writer_db.close()
-            self._owner = self._writer_db = None
+            self._owner = self._notes = self._writer_db = None
             self._held.clear()
             self._funds = RunningSums()
         with self._read_lock:
@@ -248,7 +256,7 @@ class Ledger:
                 return True  # Nobody here holds it: its release could not be written.
             if owner.knows_alive(other):
                 return False
-            bury(db, other)
+            self._bury(db, other)
         return True
 
     def _release(self, db: sqlite3.Connection, released: Sequence[Sequence[str]]) -> list[None]:
@@ -286,7 +294,9 @@ class Ledger:
         return covers(self._funds.read(db), may_wait=may_wait)
 
     def _settle(self, db: sqlite3.Connection, bills: Sequence[Bill]) -> list[None]:
-        delete_orders(db, self._known_owner().id, [bill.order for bill in bills])
+        noted = self._known_notes().open
+        self._billed.update(bill.order for bill in bills)
+        delete_orders(db, self._known_owner().id, [bill.order for bill in bills if bill.order not in noted])
         (last,) = db.execute("SELECT ifnull(MAX(id), 0) FROM calls").fetchone()
         numbered = list(enumerate(bills, start=last + 1))
         insert_rows(db, INSERT_CALLS, [(call, *bill.amounts) for call, bill in numbered])
@@ -294,11 +304,29 @@ class Ledger:
         insert_rows(db, INSERT_SAMPLES, samples)
         return [None] * len(bills)
 
+    def _strike(self, bills: Sequence[Bill]) -> None:
+        self._known_notes().strike(bill.order for bill in bills)
+        self._billed.clear()
+
+    def _bury(self, db: sqlite3.Connection, owner: str) -> None:
+        """Tidy up after an owner that is gone."""
+        if self._folder is not None:
+            insert_lost(db, take_notes(self._folder, owner))
+        bury(db, owner)
+
+    def _bury_own(self, db: sqlite3.Connection) -> None:
+        notes = self._known_notes().open.values()
+        insert_lost(db, [note for note in notes if note[0] not in self._billed])
+        bury(db, self._known_owner().id)
+
     def _bury_the_dead(self, db: sqlite3.Connection) -> None:
         owner = self._known_owner()
+        for other in noting_owners(self._folder) if self._folder is not None else ():
+            if not owner.knows_alive(other):
+                self._bury(db, other)
         for (other,) in db.execute("SELECT owner FROM orders UNION SELECT owner FROM claims").fetchall():
             if not owner.knows_alive(other):
-                bury(db, other)
+                self._bury(db, other)
 
     # Connections.
 
@@ -311,6 +339,7 @@ class Ledger:
                     db, lock = self._connect(), threading.Lock()
                 try:
                     self._owner = Owner(None if self.path == ":memory:" else self.path)
+                    self._notes = OrderNotes(self._folder, self._owner.id)
                     live_owners(self.path)  # Removes what the dead left.
                 except OSError as error:
                     db.close()
@@ -340,6 +369,14 @@ class Ledger:
                 f"cannot open the ledger {self.path}: {error}; is it a ledger, and is the disk full?"
             ) from error
 
+    @property
+    def _folder(self) -> Path | None:
+        return None if self.path == ":memory:" else owners_folder(self.path)
+
+    def _known_notes(self) -> OrderNotes:
+        assert self._notes is not None, "the writer runs only while the owner is known"
+        return self._notes
+
     def _known_owner(self) -> Owner:
         assert self._owner is not None, "the writer runs only while the owner is known"
         return self._owner
@@ -350,6 +387,7 @@ class Ledger:
         return self.path != ":memory:" and is_alive(owners_folder(self.path), owner)
 
     def _forget(self) -> None:
+        self._billed.clear()
         self._funds = RunningSums()
 
     def _explain(self, error: sqlite3.Error) -> RunError:

@@ -116,6 +116,15 @@ def bury(db: sqlite3.Connection, owner: str) -> None:
     db.execute("DELETE FROM claims WHERE owner = ?", (owner,))
 
 
+def insert_lost(db: sqlite3.Connection, notes: Sequence[tuple[int, str, float, int, float | None]]) -> None:
+    """Book noted orders of which nobody will learn what became: possibly spent."""
+    db.executemany(
+        "INSERT INTO calls (time, seconds, teacher, requests, unanswered, input_tokens, output_tokens, cost_usd, "
+        "possible_usd, possible_tokens) VALUES (?, 0, ?, 1, 1, 0, 0, ?, ?, ?)",
+        [(at, teacher, None if usd is None else 0.0, usd, tokens) for _, teacher, at, tokens, usd in notes],
+    )
+
+
 def storable(text: str) -> str:
     """Return text that SQLite takes: half a surrogate pair is spelled out."""
     return text.encode("utf-8", "backslashreplace").decode("utf-8")

@@ -41,6 +41,7 @@ class Ledgered:
         budget: for all calls in the ledger together, earlier runs included.
         max_wait_s: how long a request may wait for others to turn out cheaper than their bounds before the budget
             refuses it. 0 for a teacher that orders everything before it sends anything: it would wait for itself.
+        remembers: note what the answers depend on, so that they can be replayed.
 
     Raises:
         ConfigError: a budget in USD, and a price or a bill that is unknown.
@@ -54,11 +55,12 @@ class Ledgered:
         price: ModelPrice | None = None,
         budget: Budget = UNLIMITED,
         max_wait_s: float = PATIENCE_S,
+        remembers: bool = True,
     ) -> None:
         if budget.usd is not None and price is None:
             raise ConfigError(
-                f"budget_usd is {budget.usd} but the price of {teacher.id} is unknown; put price.as_of and "
-                f"price.models into ./teachers/{teacher.id.partition(':')[0]}.yaml, or leave the budget out"
+                f"budget_usd is {budget.usd} but the price of {teacher.id} is unknown; give it "
+                "(train: teacher.price, score: --price), or limit tokens or calls instead"
             )
         if budget.usd is not None and ledger.possible()[0] is None:
             raise ConfigError(
@@ -69,6 +71,7 @@ class Ledgered:
         self._budget = budget
         self._max_wait_s = max_wait_s
         self._flights = _Flights()
+        self._remembers = remembers
         self._remembered = ""
 
     @property
@@ -90,7 +93,7 @@ class Ledgered:
             wanted[key] = max(wanted.get(key, request), request, key=lambda r: r.n)
         known = self._ledger.find(list(wanted))
         gaps = self._gaps(wanted, known)
-        if gaps and marks != self._remembered:
+        if gaps and self._remembers and marks != self._remembered:
             self._ledger.remember_teacher(self.id, self._teacher.fingerprint, reads_token_ids=reads_token_ids)
             self._remembered = marks
         bought = await self._fill(wanted, known, gaps) if gaps else {}
@@ -257,9 +260,8 @@ class _Gap:
             return None
         if is_exact or len(missing) == request.n:
             return cls(key, request, missing, True)
-        # With the same seed a server would give the samples again that are there already.
-        seed = None if request.seed is None else (request.seed * 1_000_003 + missing[0]) % 2**31
-        return cls(key, replace(request, n=len(missing), seed=seed), missing, False)
+        # Their seeds follow from their numbers, so that an interrupted request ends as it would have.
+        return cls(key, replace(request, n=len(missing), sample_numbers=missing), missing, False)
 
     def number_of(self, sample: int) -> int | None:
         """Return the number in the ledger of a sample of `request`; None when it is there already."""

@@ -37,13 +37,14 @@ class Slot:
         self._tokens = tokens
         self._is_open = True
 
-    def release(self, *, used_tokens: int | None = None) -> None:
+    def release(self, *, used_tokens: int | None = None, was_unused: bool = False) -> None:
         """Give the slot back. Only the first call counts.
 
         `used_tokens` is what the request really used: what was reserved beyond it is free again at once, and what it
-        used beyond the reservation counts too. None: all that was reserved counts.
+        used beyond the reservation counts too. None: all that was reserved counts. `was_unused`: nothing was sent, so
+        nothing counts.
         """
-        self._limiter._release(self, used_tokens, was_unused=False)
+        self._limiter._release(self, 0 if was_unused else used_tokens, was_unused=was_unused)
 
 
 class Limiter:
@@ -111,13 +112,19 @@ class Limiter:
         """The limit in force: as configured, or as the server said if that is lower."""
         return self._tokens.limit
 
-    async def acquire(self, tokens: int) -> Slot:
-        """Wait for the right to send a request that may use so many tokens, input and output."""
+    async def acquire(self, tokens: int, *, is_retry: bool = False) -> Slot:
+        """Wait for the right to send a request that may use so many tokens, input and output.
+
+        A retry goes before those who have not begun: its deadline is running.
+        """
         with self._lock:
             if not self._waiters and self._delay_s(tokens, self._clock()) == 0:
                 return self._admit(tokens)
             waiter = _Waiter(tokens)
-            self._waiters.append(waiter)
+            if is_retry:
+                self._waiters.appendleft(waiter)
+            else:
+                self._waiters.append(waiter)
             self._dispatch()
         try:
             await waiter.turn

@@ -156,7 +156,8 @@ def _after_similar(sent: str, text: str) -> str | None:
 def is_cut_echo(sent: str, text: str, is_cut: bool) -> bool:
     """Say whether the text is nothing but a part of the prefix from its beginning, or from that of a sentence."""
     bare = text.strip()
-    if len(bare) < MIN_OVERLAP or sent.endswith(bare):
+    # A reply that came to its own end may close with the sentence that the answer began with: that is agreement.
+    if not is_cut or len(bare) < MIN_OVERLAP or sent.endswith(bare):
         return False
     if sent.lstrip().startswith(bare):
         return sent.find(bare, len(sent) - len(sent.lstrip()) + 1) < 0  # Where it comes again, it may well once more.
@@ -164,7 +165,7 @@ def is_cut_echo(sent: str, text: str, is_cut: bool) -> bool:
         loose = _loose(bare)
         if len(loose) >= MIN_LOOSE_OVERLAP and _loose(sent[: 2 * len(bare) + 64]).startswith(loose):
             return True
-    at = sent.rfind(bare) if is_cut and len(bare) >= 3 * MIN_OVERLAP else -1
+    at = sent.rfind(bare) if len(bare) >= 3 * MIN_OVERLAP else -1
     return at > 0 and _SENTENCE_END.search(sent, max(0, at - 3), at) is not None
 
 

@@ -75,7 +75,8 @@ def live_owners(ledger: Path | str) -> tuple[str, ...]:
     folder = owners_folder(ledger)
     if not folder.is_dir():
         return ()
-    live = tuple(sorted(file.name for file in folder.iterdir() if is_alive(folder, file.name)))
+    locks = [file.name for file in folder.iterdir() if "." not in file.name]
+    live = tuple(sorted(owner for owner in locks if is_alive(folder, owner)))
     if not live:
         with contextlib.suppress(OSError):  # Somebody came in between.
             folder.rmdir()

@@ -24,7 +24,6 @@ from omniopd.teachers.continuation import (
 from omniopd.teachers.dialects.base import Ask, Choice, Dialect, HttpCall, Parsed
 from omniopd.teachers.dialects.shapes import merged
 from omniopd.teachers.repair import clean_continuation
-from omniopd.teachers.spec import is_loopback
 from omniopd.types import Message, Usage
 
 Render = Callable[[Sequence[Message]], str]
@@ -34,8 +33,15 @@ Render = Callable[[Sequence[Message]], str]
 RESERVED = frozenset(
     {"model", "messages", "contents", "prompt", "system", "systemInstruction", "n", "seed", "seeds", "stream"}
     | {"temperature", "top_p", "max_tokens", "max_completion_tokens", "max_output_tokens", "stop", "stop_sequences"}
-    | {"raw", "format", "response_format"}
+    | {"raw", "format", "response_format", "best_of", "echo", "candidateCount"}
 )
+_RESERVED_BELOW = {
+    "generationConfig": frozenset(
+        {"maxOutputTokens", "candidateCount", "temperature", "topP", "seed", "stopSequences"}
+    ),
+    "options": frozenset({"num_predict", "temperature", "top_p", "seed", "stop"}),
+}
+"""The same in the objects that some dialects put it into. Whatever raises the bill must be seen by the bound."""
 _FRAME_TOKENS = 256
 """Room for a chat template's own tokens."""
 
@@ -59,6 +65,8 @@ class Plan:
     temperature: float | None = 1.0
     top_p: float | None = None
     extra_body: Mapping[str, Any] = field(default_factory=dict)
+    address: str | None = None
+    """What the ledger knows the server by, if not its base URL: what it serves, where the run itself started it."""
 
     def __post_init__(self) -> None:
         if self.transport == "completions" and self.render is None:
@@ -66,7 +74,7 @@ class Plan:
                 f"the teacher {self.teacher_id} takes raw prompts (continuation: completions) and nothing says how to "
                 "write a conversation as text; give the folder of its tokenizer, or use another continuation"
             )
-        if clash := sorted(RESERVED & set(self.extra_body)):
+        if clash := sorted(_clashes(self.extra_body)):
             raise ConfigError(f"extra_body holds {', '.join(clash)}, which has a setting of its own; use that")
 
     @property
@@ -74,7 +82,7 @@ class Plan:
         """All that shapes an answer besides the request, for the ledger's key."""
         marks: dict[str, Any] = {
             "teacher": self.teacher_id,
-            "base_url": _stable_url(self.base_url),
+            "base_url": self.address or self.base_url,
             "transport": self.transport,
             "body": merged(self.card.body.of(self.transport), self.extra_body),
         }
@@ -93,18 +101,18 @@ class Plan:
         return marks
 
     @property
-    def largest_n(self) -> int:
-        """How many samples one HTTP request may ask for.
+    def is_greedy(self) -> bool:
+        """Whether all samples of a request are the same text, which is then bought once."""
+        return self.temperature == 0 and self.card.can.sampling
 
-        One at temperature 0, where some servers refuse to write the same text several times.
-        """
-        if self.temperature == 0 and self.card.can.sampling:
-            return 1
+    @property
+    def largest_n(self) -> int:
+        """How many samples one HTTP request may ask for."""
         return (self.card.can.max_n or 1_000_000) if self.card.can.n else 1
 
     def asks(self, request: ContinuationRequest) -> list[tuple[Ask, tuple[int, ...]]]:
         """Split one request into HTTP requests, each with the numbers of the samples it asks for."""
-        size = min(self.largest_n, request.n)
+        size = request.n if self.is_greedy else min(self.largest_n, request.n)
         parts = [tuple(range(i, min(i + size, request.n))) for i in range(0, request.n, size)]
         headroom = self.card.thinking.headroom_tokens
         return [(self.ask([request], n=len(part), first=part[0], headroom_tokens=headroom), part) for part in parts]
@@ -121,14 +129,14 @@ class Plan:
         """Word `n` samples of each request, the first being number `first`.
 
         Several requests share one only as raw prompts with the same limit. `headroom_tokens` go on top of the limit,
-        for hidden thinking; `cuts` are the ends of shorter prefixes of the same answer.
+        for hidden thinking; `cuts` are where prefixes of the same answer end, see `Ask`.
         """
         request = requests[0]
         prefix = sent_prefix(request.prefix)
         shared: dict[str, Any] = {
             "model": self.model,
             "transport": self.transport,
-            "n": n,
+            "n": 1 if self.is_greedy else n,
             "max_tokens": request.max_tokens + headroom_tokens,
             "temperature": self.temperature,
             "top_p": self.top_p,
@@ -146,7 +154,7 @@ class Plan:
             prompts = tuple(self.render(r.messages) + sent_prefix(r.prefix) for r in requests)
             return Ask(prompts=prompts, **shared)
         if self.transport == "prefill":
-            fitting = tuple(sorted({cut for cut in cuts if 0 < cut < len(prefix)}))
+            fitting = tuple(sorted({cut for cut in cuts if 0 < cut <= len(prefix)}))
             return Ask(messages=request.messages, prefix=prefix, cuts=fitting, **shared)
         asked = continuation_messages(
             request.messages, request.prefix, max_tokens=request.max_tokens, transport=self.transport
@@ -197,17 +205,31 @@ class Plan:
     ) -> list[Reply]:
         """Make samples of one answer to one request; choices beyond those asked for are dropped."""
         usage = parsed.usage or Usage()
+        choices = parsed.choices[:1] * len(samples) if self.is_greedy else parsed.choices
         return [
             self.reply(position, request, sample, choice, usage)
-            for sample, choice in zip(samples, parsed.choices, strict=False)
+            for sample, choice in zip(samples, choices, strict=False)
         ]
 
     def _seeds(self, requests: Sequence[ContinuationRequest], first: int) -> tuple[int, ...]:
-        seeds = [request.seed for request in requests]
-        known = tuple(seed if first == 0 else derived_seed(seed, first) for seed in seeds if seed is not None)
-        if not self.card.can.seed or len(known) < len(seeds):
+        if not self.card.can.seed:
             return ()
-        return known if self.card.can.prompt_seeds else known[:1]
+        seeds: list[int] = []
+        for request in requests:
+            if request.seed is None:
+                return ()
+            number = request.sample_numbers[first] if request.sample_numbers else first
+            seeds.append(request.seed if number == 0 else derived_seed(request.seed, number))
+        # Some servers take no more than 31 bits.
+        return tuple(seeds) if self.card.can.prompt_seeds else (seeds[0] % 2**31,)
+
+
+def _clashes(extra_body: Mapping[str, Any]) -> set[str]:
+    found = set(RESERVED & set(extra_body))
+    for place, names in _RESERVED_BELOW.items():
+        below = extra_body.get(place)
+        found |= {f"{place}.{name}" for name in names if isinstance(below, Mapping) and name in below}
+    return found
 
 
 def priced(usage: Usage, price: ModelPrice | None) -> Usage:
@@ -228,8 +250,3 @@ def priced(usage: Usage, price: ModelPrice | None) -> Usage:
 def derived_seed(seed: int | None, sample: int) -> int:
     """Return the seed of a sample that is asked for alone."""
     return int.from_bytes(hashlib.sha256(f"{seed}:{sample}".encode()).digest()[:4], "big") >> 1
-
-
-def _stable_url(base_url: str) -> str:
-    # A run's own teacher server comes back on another port; its answers are the same.
-    return "loopback" if is_loopback(base_url) else base_url

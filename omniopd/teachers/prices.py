@@ -81,7 +81,8 @@ def _table_price(entry: Mapping[str, Any]) -> ModelPrice | None:
         return None
     price = ModelPrice(
         input_usd_per_mtok=inputs,
-        output_usd_per_mtok=outputs,
+        # Hidden thinking is part of the output; where it is dearer, nothing is estimated too low.
+        output_usd_per_mtok=max(outputs, _per_mtok(entry.get("output_cost_per_reasoning_token")) or 0.0),
         cached_input_usd_per_mtok=_per_mtok(entry.get("cache_read_input_token_cost")),
         cache_write_usd_per_mtok=_per_mtok(entry.get("cache_creation_input_token_cost")),
     )

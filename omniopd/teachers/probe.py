@@ -81,8 +81,10 @@ class WayProbe(Value):
     """Why samples are missing, with counts."""
     honors_n: bool | None = None
     """Several samples came back in one request; None when one sample at a time was asked for."""
+    compared: int = 0
+    """Samples of the open question with text."""
     distinct: int = 0
-    """Different texts among the samples of the open question."""
+    """Different texts among them."""
     self_agreement: float | None = None
     """Mean similarity of the teacher's samples with each other: no student can be expected to agree more."""
     thinking_tokens: float | None = None
@@ -205,6 +207,8 @@ async def _probe_way(
         if c.text is not None and c.text.strip() and question.known is not None
     ]
     usage = sum((answer.usage for answer in answers), Usage())
+    # One request for all of them; a repeated one or two does not hide that.
+    honors_n = 0 < opened.usage.requests < SAMPLES
     texts = [c.text for c in opened.continuations if c.text is not None]
     was_asked_now = usage.requests > 0
     return WayProbe(
@@ -215,7 +219,8 @@ async def _probe_way(
         echoes=sum(bool(_ECHOES & set(repairs_of(c))) for c in samples) / len(samples),
         repairs=_counted(str(repair) for repair in repairs),
         missing=_counted(_reason(c) for c in samples if c not in usable),
-        honors_n=opened.usage.requests == 1 if asks_for_n and opened.usage.requests else None,
+        honors_n=honors_n if asks_for_n and opened.usage.requests else None,
+        compared=len(texts),
         distinct=len(set(texts)),
         self_agreement=_agreement(texts, name),
         thinking_tokens=usage.reasoning_tokens / len(samples) if was_asked_now else None,
@@ -271,7 +276,7 @@ def describe_probe(result: ProbeResult) -> str:
         )
         n = {True: "honored", False: "ignored", None: "not used"}[way.honors_n]
         lines.append(
-            f"     n {n}; {way.distinct} of {SAMPLES} samples differ; agreement with itself "
+            f"     n {n}; {way.distinct} of {way.compared} samples differ; agreement with itself "
             f"{_figure(way.self_agreement)} ({result.similarity}), the ceiling of the reward"
         )
         cost = f"{format_usd(way.usd_per_usable)} for each usable continuation"
@@ -308,7 +313,7 @@ def warnings_of(result: ProbeResult) -> list[str]:
     if best is None:
         return ["no way gave a usable continuation"]
     found = []
-    if best.distinct == 1 and best.usable:
+    if best.distinct == 1 and best.compared > 1:
         found.append("all samples are equal: more than one continuation for each chunk buys nothing")
     if best.honors_n is False:
         found.append("`n` is ignored: every sample pays for its prompt")

@@ -26,12 +26,25 @@ from omniopd.teachers.dialects.base import Parsed
 from omniopd.teachers.limiter import Limiter, Slot
 from omniopd.teachers.plan import Plan, priced
 from omniopd.teachers.repair import used_up_by_thinking
-from omniopd.teachers.retry import FaultKind, RequestFault, Sleep, fault_of_status, with_retries
+from omniopd.teachers.retry import (
+    MAX_SERVER_WAIT_S,
+    FaultKind,
+    RequestFault,
+    Sleep,
+    fault_of_status,
+    with_retries,
+)
 from omniopd.teachers.spec import is_loopback
 from omniopd.teachers.wire import HttpClient, HttpReply
 from omniopd.types import Continuation, Message, Missing, Usage
 
-_BYTES_PER_TOKEN = 3
+MAX_HEADROOM_TOKENS = 16_384
+"""The most room that is given to a model that thinks."""
+SHORT_ANSWERS = 3
+"""So many answers in a row with a single sample, and no complete one, show that a server ignores `n`."""
+MIN_KEY_LENGTH = 12
+"""Shorter keys are made up, and would be found in innocent text."""
+_CHARACTERS_PER_TOKEN = 3
 """For the rate limit, which is about what is likely; budgets use a bound."""
 
 
@@ -48,13 +61,26 @@ class _Wanted:
     seconds: float = 0.0
 
 
-@dataclass(slots=True)
+@dataclass(slots=True, eq=False)
 class _Flight:
     """One call of `continuations`."""
 
     till: Till | None
     fatal: OmniOPDError | None = None
     """Once set, nothing more is sent; what is under way may still arrive and is written down."""
+    waiting: set[asyncio.Task[Any]] = field(default_factory=set)
+    """Those whose turn has not come."""
+
+    def stop(self, error: OmniOPDError) -> None:
+        """Let nothing more be sent, and nobody wait for the right to."""
+        if self.fatal is None:
+            self.fatal = error
+            for task in self.waiting:
+                task.cancel()
+
+
+class _Stopped(Exception):
+    """Raised where a request was to be sent after its call was over."""
 
 
 class RemoteTeacher:
@@ -98,7 +124,11 @@ class RemoteTeacher:
         # A proxy from the environment has no business with a server on this machine.
         self._client = HttpClient(trust_env=not is_loopback(plan.base_url))
         self._was_reached = False
+        self._flights: set[_Flight] = set()
         self._largest_n = plan.largest_n
+        self._short_answers = 0
+        """Answers in a row with one sample where several were asked for."""
+        self._honors_n = False
         self._headroom_tokens = plan.card.thinking.headroom_tokens
 
     def __repr__(self) -> str:
@@ -139,7 +169,11 @@ class RemoteTeacher:
             first = wanted.setdefault(self._identity(request), _Wanted(request, position))
             first.request = max(first.request, request, key=lambda r: r.n)
         flight = _Flight(till)
-        await _all(self._ask_in_turn(chain, flight) for chain in self._chains(list(wanted.values())))
+        self._flights.add(flight)
+        try:
+            await _all(self._ask_in_turn(chain, flight) for chain in self._chains(list(wanted.values())))
+        finally:
+            self._flights.discard(flight)
         if flight.fatal is not None:
             raise flight.fatal
         answers = []
@@ -160,7 +194,7 @@ class RemoteTeacher:
 
     def _identity(self, request: ContinuationRequest) -> tuple[object, ...]:
         ids = request.token_ids if self.reads_token_ids else None
-        return (request.messages, request.prefix, request.max_tokens, request.seed, ids)
+        return (request.messages, request.prefix, request.max_tokens, request.seed, request.sample_numbers, ids)
 
     def _chains(self, wanted: list[_Wanted]) -> list[list[list[list[_Wanted]]]]:
         """Return what is sent in which order: chains side by side, the stages of a chain in turn, each stage at once.
@@ -173,10 +207,11 @@ class RemoteTeacher:
         if self.plan.transport == "completions" and self.plan.card.can.batch_prompts > 1:
             return [[[group]] for group in self._groups(wanted)]
         cache = self.plan.card.prompt_cache
+        is_cached = cache.mode == "automatic" or (cache.mode == "explicit" and self.plan.transport == "prefill")
         chains: list[list[list[list[_Wanted]]]] = []
         families: dict[tuple[Message, ...], list[list[_Wanted]]] = {}
         for one in sorted(wanted, key=lambda w: -len(w.request.prefix)):
-            if cache.mode == "none" or _likely_tokens(one.request) < cache.min_tokens:
+            if not is_cached or _likely_tokens(one.request) < cache.min_tokens:
                 chains.append([[[one]]])
                 continue
             same = families.setdefault(one.request.messages, [])
@@ -189,10 +224,11 @@ class RemoteTeacher:
             if cache.mode == "automatic":
                 chains.append([[[longest]], [[one] for one in shorter]] if shorter else [[[longest]]])
                 continue
-            growing = [*reversed(shorter), longest]
+            growing = [*reversed(shorter), longest] if shorter else []
+            ends = [len(one.request.prefix.rstrip()) for one in growing[:-1]]
             for i, one in enumerate(growing):
-                one.cuts = tuple(len(shorter_one.request.prefix.rstrip()) for shorter_one in growing[:i])
-            chains.append([[[one]] for one in growing])
+                one.cuts = tuple(ends[: i + 1])  # Its own end too, where a longer one will go on from it.
+            chains.append([[[one]] for one in growing] if growing else [[[longest]]])
         return chains
 
     def _groups(self, wanted: list[_Wanted]) -> list[list[_Wanted]]:
@@ -212,31 +248,45 @@ class RemoteTeacher:
 
     async def _ask(self, group: list[_Wanted], flight: _Flight) -> None:
         n = group[0].request.n
-        if n == 1 or self._largest_n > 1:
-            size = min(n, self._largest_n)
+        size = n if self.plan.is_greedy else min(n, self._largest_n)
+        if n == 1 or size > 1:
             jobs = [self._send(group, min(size, n - first), first, flight) for first in range(0, n, size)]
-            if any(await _all(jobs)):
+            was_rejected = any(await _all(jobs))
+            if was_rejected and len(group) > 1:
                 # One prompt that is too long must not take the others with it.
                 await _all(self._ask([one], flight) for one in group)
                 return
+        else:
+            was_rejected = False
         deficit = [(one, i) for one in group for i in range(n) if i not in one.samples]
+        if deficit and group[0].cuts:
+            # The first writes the provider's cache, the others read it.
+            (one, i), *deficit = deficit
+            await self._send([one], 1, i, flight)
         if flight.fatal is None and deficit:
             await _all(self._send([one], 1, i, flight) for one, i in deficit)
+        if was_rejected and any(c.text is not None for one in group for c in one.samples.values()):
+            self._largest_n = 1  # It was `n` that the server refused.
 
     async def _send(
         self, group: list[_Wanted], n: int, first: int, flight: _Flight, *, is_second_thought: bool = False
     ) -> bool:
         """Get `n` samples of each, the first being number `first`, and file what comes back.
 
-        Returns whether the server rejected a group of several, which may then be asked one by one.
+        Returns whether the server rejected a request for several samples, which may then be asked for one by one.
         """
+        if flight.fatal is not None:
+            return False
         sending = _Sending(self, group, n, first, flight, is_second_thought)
         # The deadline counts from here: what waits for its turn has not begun.
-        async with self._limiter.slot(sending.likely_tokens) as slot:
-            if flight.fatal is not None:
-                return False
+        slot = await sending.wait_for_turn()
+        if slot is None:
+            return False
+        try:
             sending.begin(slot)
             was_rejected = await self._send_admitted(sending)
+        finally:
+            slot.release(was_unused=True)  # Only if no attempt got so far as to release it.
         if sending.thought_too_long and flight.fatal is None:
             await _all(self._send([one], 1, i, flight, is_second_thought=True) for one, i in sending.thought_too_long)
         return was_rejected
@@ -250,31 +300,47 @@ class RemoteTeacher:
             )
         except RequestFault as fault:
             self._was_reached = self._was_reached or fault.answered
-            if fault.kind is FaultKind.REJECTED and len(group) > 1:
+            if fault.kind is FaultKind.REJECTED and len(group) * sending.samples_asked > 1:
                 return True
-            flight.fatal = flight.fatal or self._fatal(fault)
+            if fatal := self._fatal(fault):
+                # What stops one call stops all that are under way: they would only be refused the same.
+                for other in [flight, *self._flights]:
+                    other.stop(fatal)
             reason = Missing.TIMEOUT if fault.kind is FaultKind.TIMEOUT else Missing.FAILED
             detail = f"{fault.detail} ({fault.attempts} attempt{'s' * (fault.attempts > 1)})"
             for one in group:
                 for i in sending.numbers:
                     one.samples.setdefault(i, Continuation(text=None, missing=reason, detail=detail))
+        except _Stopped:
+            pass
         except OmniOPDError as error:
             # The till refused, or could not write: nothing more is bought.
-            flight.fatal = flight.fatal or error
+            flight.stop(error)
         finally:
             for one in group:
                 one.seconds = max(one.seconds, time.perf_counter() - start)
         return False
+
+    def _note_count(self, count: int, asked: int) -> None:
+        """Stop asking for several samples at once where the server keeps sending one."""
+        self._short_answers = self._short_answers + 1 if count == 1 else 0
+        if count == asked:
+            self._honors_n = True
+        if self._short_answers >= SHORT_ANSWERS and not self._honors_n:
+            self._largest_n = 1
 
     def _fatal(self, fault: RequestFault) -> TeacherError | None:
         """Return the error that no further request would survive, if the fault is one."""
         plan = self.plan
         at = f"{self.id} at {plan.base_url}"
         if fault.kind is FaultKind.AUTH:
-            key = f"the key in {plan.card.api_key_env}" if plan.card.api_key_env else "the server"
-            return TeacherAuthError(
-                f"the teacher {at} refuses access ({fault.detail}); check {key} and its permissions"
-            )
+            if plan.card.api_key_env is None:
+                advice = "this card has no key; write one into ./teachers/ with api_key_env: NAME"
+            elif self._api_key is None:
+                advice = f"{plan.card.api_key_env} is not set; set it with: export {plan.card.api_key_env}=..."
+            else:
+                advice = f"check the key in {plan.card.api_key_env} and its permissions"
+            return TeacherAuthError(f"the teacher {at} refuses access ({fault.detail}); {advice}")
         if fault.kind is FaultKind.QUOTA:
             return TeacherRateLimitError(
                 f"the quota at the teacher {at} is used up ({fault.detail}); add credit, then run the same again "
@@ -284,6 +350,11 @@ class RemoteTeacher:
             return TeacherResponseError(
                 f"the teacher {at} has no model {plan.model!r} or no such endpoint ({fault.detail}); check the "
                 f"model's name, the base_url and that it offers continuation: {plan.transport}"
+            )
+        if fault.kind is FaultKind.BUSY and (fault.wait_s or 0.0) > MAX_SERVER_WAIT_S:
+            return TeacherRateLimitError(
+                f"the teacher {at} asks to wait {fault.wait_s:.0f} s ({fault.detail}); run the same again after that "
+                "(train: with --resume)"
             )
         if fault.kind is FaultKind.UNREACHABLE and not self._was_reached:
             return TeacherConnectionError(
@@ -314,6 +385,11 @@ class _Sending:
         self._slot: Slot | None = None
 
     @property
+    def samples_asked(self) -> int:
+        """Of each request, in words that the server sees."""
+        return self._ask.n
+
+    @property
     def likely_tokens(self) -> int:
         """What the rate limit is told: what is read, and all that may be written."""
         limit = self.group[0].request.max_tokens + self._teacher._headroom_tokens
@@ -335,20 +411,45 @@ class _Sending:
         self._body = json.dumps(call.body).encode()
         self._bound = teacher.plan.bound(self._ask, teacher._price)
 
+    async def wait_for_turn(self, *, is_retry: bool = False) -> Slot | None:
+        """Wait for the right to send; None when the call was over before that came."""
+        task = asyncio.current_task()
+        assert task is not None
+        self.flight.waiting.add(task)
+        try:
+            slot = await self._teacher._limiter.acquire(self.likely_tokens, is_retry=is_retry)
+        except asyncio.CancelledError:
+            if self.flight.fatal is None or task.uncancel() > 0:
+                raise  # Somebody else's.
+            return None
+        finally:
+            self.flight.waiting.discard(task)
+        if self.flight.fatal is not None:
+            slot.release(was_unused=True)
+            return None
+        return slot
+
     async def attempt(self) -> None:
-        """Order, send, read, settle, file. Raises RequestFault, and what the till raises."""
-        slot = self._slot or await self._teacher._limiter.acquire(self.likely_tokens)
+        """Order, send, read, settle, file. Raises RequestFault, what the till raises, and _Stopped."""
+        slot = self._slot or await self.wait_for_turn(is_retry=True)
         self._slot = None
+        if slot is None:
+            raise _Stopped
         try:
             if self.flight.fatal is not None:
-                raise self.flight.fatal
+                slot.release(was_unused=True)
+                raise _Stopped
             await self._buy(slot)
         finally:
             slot.release()
 
     async def _buy(self, slot: Slot) -> None:
         teacher, till = self._teacher, self.flight.till
-        order = await till.order(self._bound) if till is not None else None
+        try:
+            order = await till.order(self._bound) if till is not None else None
+        except BaseException:
+            slot.release(was_unused=True)
+            raise
         start = time.perf_counter()
         try:
             parsed = await self._exchange()
@@ -386,7 +487,7 @@ class _Sending:
         if reply.status != 200:
             raise self._refused(reply)
         text, key = reply.body, (teacher._api_key or "").encode()
-        if key and key in text:
+        if len(key) >= MIN_KEY_LENGTH and key in text:
             # What comes next is written to disk, whatever the server put into it.
             text = text.replace(key, b"[key]")
         try:
@@ -405,22 +506,27 @@ class _Sending:
     def _refused(self, reply: HttpReply) -> RequestFault:
         fault = fault_of_status(reply.status, reply.headers, reply.body, secret=self._teacher._api_key)
         if reply.status in (429, 529) or (fault.kind is FaultKind.BUSY and fault.wait_s):
-            self._teacher._limiter.throttled(fault.wait_s)
+            # A pause too long to be waited for stops the call; it must not hold up whoever comes next.
+            is_waited_for = (fault.wait_s or 0.0) <= MAX_SERVER_WAIT_S
+            self._teacher._limiter.throttled(fault.wait_s if is_waited_for else None)
         return fault
 
     def _replies(self, parsed: Parsed, usage: Usage) -> list[tuple[_Wanted, Reply]]:
         """Give each choice its owner and its number."""
-        group, count = self.group, len(parsed.choices)
+        group, choices = self.group, list(parsed.choices)
+        if self._teacher.plan.is_greedy:
+            choices = [choice for choice in choices for _ in self.numbers]
+        count = len(choices)
         if len(group) == 1:
-            if len(self.numbers) > 1 and count == 1:
-                self._teacher._largest_n = 1  # It silently ignores `n`.
+            if self._ask.n > 1:
+                self._teacher._note_count(count, len(self.numbers))
             owners = [(group[0], i) for i in self.numbers]
         elif count == len(self.numbers) * len(group):
             owners = [(one, i) for one in group for i in self.numbers]
         else:
             owners = []  # Nobody can tell whose they are; each is asked on its own.
         replies = []
-        for (one, sample), choice in zip(owners, parsed.choices, strict=False):
+        for (one, sample), choice in zip(owners, choices, strict=False):
             reply = self._teacher.plan.reply(one.position, one.request, sample, choice, usage)
             if used_up_by_thinking(reply.continuation) and not self._is_second_thought:
                 self._raise_headroom(usage)
@@ -430,13 +536,15 @@ class _Sending:
         return replies
 
     def _raise_headroom(self, usage: Usage) -> None:
-        """Learn how long the model thinks: all that it spent, and half as much again."""
-        thought = usage.reasoning_tokens // len(self.numbers) or self._ask.max_tokens
-        teacher = self._teacher
-        teacher._headroom_tokens = max(teacher._headroom_tokens, 2 * teacher._headroom_tokens, thought * 3 // 2 + 256)
+        """Learn how long the model thinks: all that it spent, and half as much again; at least double what it had."""
+        teacher, had = self._teacher, self._ask.max_tokens - self.group[0].request.max_tokens
+        thought = usage.reasoning_tokens // (len(self.numbers) * len(self.group)) or self._ask.max_tokens
+        wanted = min(MAX_HEADROOM_TOKENS, max(2 * had, thought * 3 // 2 + 256))
+        teacher._headroom_tokens = max(teacher._headroom_tokens, wanted)
 
     async def _settle(self, order: Order | None, replies: Sequence[Reply], usage: Usage, start: float) -> None:
-        if usage.cost_usd is None and self._teacher._price is not None and not usage.input_tokens:
+        is_unbilled = not usage.unanswered_requests and not usage.input_tokens and not usage.output_tokens
+        if usage.cost_usd is None and (is_unbilled or (self._teacher._price is not None and not usage.input_tokens)):
             # Refused requests are not billed; what was never answered is counted by its bound.
             usage = Usage(requests=usage.requests, unanswered_requests=usage.unanswered_requests, cost_usd=0.0)
         if order is not None:
@@ -446,7 +554,7 @@ class _Sending:
 
 def _likely_tokens(request: ContinuationRequest) -> int:
     characters = sum(len(m.content) for m in request.messages) + len(request.prefix)
-    return characters // _BYTES_PER_TOKEN
+    return characters // _CHARACTERS_PER_TOKEN
 
 
 async def _all(work: Iterable[Coroutine[Any, Any, Any]]) -> list[Any]:

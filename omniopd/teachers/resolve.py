@@ -23,7 +23,6 @@ if TYPE_CHECKING:
     from omniopd.teachers.plan import Plan, Render
     from omniopd.teachers.probe import Encode
 
-_PLACEHOLDER_KEY = "none"
 TRANSPORTS: tuple[str, ...] = get_args(Transport)
 LOCAL_DIALECTS = frozenset({"echo", "hf", "replay"})
 """Nothing goes over a wire."""
@@ -49,6 +48,8 @@ def open_teacher(
     extra_body: Mapping[str, Any] | None = None,
     tokenizer_path: Path | None = None,
     shares_vocabulary: bool = False,
+    address: str | None = None,
+    remembers: bool = True,
     batch: bool = False,
     progress: Callable[[int, int], None] | None = None,
 ) -> Teacher:
@@ -72,6 +73,8 @@ def open_teacher(
         extra_body: sent with every request.
         tokenizer_path: the teacher's tokenizer folder, whose chat template writes raw prompts.
         shares_vocabulary: the student's token ids mean the same to the teacher.
+        address: what the ledger knows the server by instead of its URL, for one that comes back on another port.
+        remembers: note in the ledger what its answers depend on, so that they can be replayed; a trial need not.
         batch: use the provider's half-price endpoint, which may take a day to answer.
         progress: told, while a batch is waited for, how many of how many of its HTTP requests are answered.
 
@@ -80,6 +83,15 @@ def open_teacher(
         TeacherAuthError: no key, naming the variable to set.
     """
     refuse_keys("extra_body", extra_body or {})
+    limits_given = {
+        "max_concurrency": max_concurrency,
+        "requests_per_minute": requests_per_minute,
+        "tokens_per_minute": tokens_per_minute,
+        "max_attempts": max_attempts,
+    }
+    for name, limit in limits_given.items():
+        if limit is not None and limit < 1:
+            raise ConfigError(f"{name} is {limit}; expected 1 or more")
     target = find_target(spec, price=price)
     teacher = _local_teacher(target, temperature=temperature, top_p=top_p, continuation=continuation)
     if teacher is None:
@@ -91,6 +103,7 @@ def open_teacher(
             extra_body=extra_body,
             tokenizer_path=tokenizer_path,
             shares_vocabulary=shares_vocabulary,
+            address=address,
         )
         key = find_key(target.card, plan.base_url)
         if batch:
@@ -121,8 +134,14 @@ def open_teacher(
     if ledger is None and not budget.is_limited:
         return teacher
     # A batch orders everything before it sends anything: it would wait for itself.
-    patience = {"max_wait_s": 0.0} if batch else {}
-    return Ledgered(teacher, Ledger(ledger or ":memory:"), price=target.price, budget=budget, **patience)
+    return Ledgered(
+        teacher,
+        Ledger(ledger or ":memory:"),
+        price=target.price,
+        budget=budget,
+        remembers=remembers,
+        **({"max_wait_s": 0.0} if batch else {}),
+    )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -144,6 +163,7 @@ class Target:
 
 def find_target(spec: str, *, price: ModelPrice | Mapping[str, float] | None = None) -> Target:
     """Read a spec, its card and its price. Raises ConfigError."""
+    refuse_keys("the teacher's name", spec)
     parsed = parse_spec(spec)
     whole_card = find_card(parsed.provider)
     on_card_host = is_card_host(parsed, whole_card)
@@ -164,6 +184,7 @@ def make_plan(
     extra_body: Mapping[str, Any] | None = None,
     tokenizer_path: Path | None = None,
     shares_vocabulary: bool = False,
+    address: str | None = None,
 ) -> Plan:
     """Decide how a teacher behind HTTP is asked. Raises ConfigError when it cannot be as the arguments say."""
     from omniopd.teachers.dialects import get_dialect
@@ -184,6 +205,7 @@ def make_plan(
         teacher_id=f"{card.id}:{spec.model}",
         model=spec.model,
         base_url=base_url,
+        address=address,
         card=card,
         dialect=get_dialect(card.dialect),
         transport=transport,
@@ -203,7 +225,7 @@ def find_key(card: Card, base_url: str) -> str | None:
         return None
     key = os.environ.get(card.api_key_env, "").strip()
     if is_loopback(base_url):
-        return key or _PLACEHOLDER_KEY
+        return key or None
     if not key:
         raise TeacherAuthError(
             f"the teacher {card.id} at {base_url} needs a key and {card.api_key_env} is not set; "
@@ -274,7 +296,7 @@ def load_render(tokenizer_path: Path) -> Render:
     Without a template the messages are joined by blank lines. A start token that the server will add itself is left
     out, so that it is there once. A template that can think is told not to.
     """
-    from omniopd.models import load_tokenizer
+    from omniopd.models import load_tokenizer, render_chat
 
     tokenizer = load_tokenizer(str(tokenizer_path))
     start = tokenizer.bos_token or ""
@@ -284,9 +306,7 @@ def load_render(tokenizer_path: Path) -> Render:
         if tokenizer.chat_template is None:
             return "\n\n".join(message.content for message in messages)
         turns = [message.to_json() for message in messages]
-        text = str(
-            tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True, enable_thinking=False)
-        )
+        text = render_chat(tokenizer, turns, add_generation_prompt=True, enable_thinking=False)
         return text.removeprefix(start) if server_adds_it else text
 
     return render

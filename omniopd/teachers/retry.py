@@ -25,6 +25,8 @@ MAX_SERVER_WAIT_S = 120.0
 """A server that asks for a longer pause is not waited for: the request fails."""
 FIRST_BACKOFF_S = 0.5
 MAX_BACKOFF_S = 60.0
+RATE_LIMIT_PATIENCE = 4
+"""Times as many attempts for a request that is told to slow down."""
 
 _PAUSED_ENGINE_WAIT_S = 1.0
 _MAX_ERROR_BYTES = 1 << 20
@@ -151,6 +153,7 @@ async def with_retries(
     from tenacity import AsyncRetrying
 
     pause = 0.0
+    nonsense = 0
 
     async def once() -> T:  # tenacity awaits nothing but coroutine functions.
         nonlocal first
@@ -160,14 +163,17 @@ async def with_retries(
         return await attempt()
 
     def is_retried(state: RetryCallState) -> bool:
-        nonlocal pause
+        nonlocal pause, nonsense
         fault = state.outcome.exception() if state.outcome else None
         if not isinstance(fault, RequestFault):
             return False
         fault.attempts = state.attempt_number
         if on_fault is not None:
             on_fault(fault)
-        if state.attempt_number >= max_attempts or not _is_worth_asking_again(fault):
+        nonsense += fault.kind is FaultKind.NONSENSE
+        # Being told to slow down is no failure: it ends with the deadline, and only much later with the attempts.
+        most = max_attempts * (RATE_LIMIT_PATIENCE if fault.status in (429, 529) else 1)
+        if state.attempt_number >= most or nonsense > 1 or not _is_worth_asking_again(fault):
             return False
         pause = max(jitter(0.0, _backoff_s(fault.attempts)), fault.wait_s or 0.0)
         if deadline_s is not None and now() - start + pause > deadline_s:
@@ -190,9 +196,7 @@ def _is_worth_asking_again(fault: RequestFault) -> bool:
     if (fault.wait_s or 0.0) > MAX_SERVER_WAIT_S:
         fault.add(f"the server asks to wait {fault.wait_s:.0f} s, more than the {MAX_SERVER_WAIT_S:.0f} s we wait")
         return False
-    if fault.kind is FaultKind.NONSENSE:
-        return fault.attempts == 1
-    return fault.should_retry is True or fault.kind in _RETRIED
+    return fault.should_retry is True or fault.kind in _RETRIED or fault.kind is FaultKind.NONSENSE
 
 
 def fault_of_status(

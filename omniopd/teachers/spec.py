@@ -15,6 +15,7 @@ _FORM = "provider:model[@base_url], for example openai:gpt-4o or local:my-model@
 # Model names may hold '@' themselves (Vertex, Cloudflare), so only '@http...' starts a base_url.
 _BASE_URL = re.compile(r"@(?=https?://)", re.IGNORECASE)
 _HOST_WITHOUT_SCHEME = re.compile(r"@(localhost|[\w.-]+:\d+)(/|$)", re.IGNORECASE)
+_BROKEN_URL = re.compile(r"@[A-Za-z][A-Za-z0-9+.-]*:/|@/")
 _PROVIDER = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 
 
@@ -53,6 +54,9 @@ def parse_spec(text: str) -> TeacherSpec:
         raise ConfigError(f"the teacher {text!r} names no provider; expected {_FORM}{_suggestion(head)}")
     if not model or model != model.strip():
         raise ConfigError(f"the teacher {text!r} names no model; expected {_FORM}")
+    if model.endswith("@") or _BROKEN_URL.search(model):
+        # Taken for a part of the name, it would send prompts and key to the card's own address.
+        raise ConfigError(f"the teacher {text!r} has an address that is none; expected {_FORM}")
     if host := _HOST_WITHOUT_SCHEME.search(model):
         raise ConfigError(
             f"the teacher {text!r} has an address without a scheme after '@'; "

@@ -212,6 +212,8 @@ def _fault_of(error: Exception, progress: _Progress, timeout_s: float) -> Reques
 
     if isinstance(error, aiohttp.InvalidURL | aiohttp.NonHttpUrlClientError):
         return RequestFault(FaultKind.REJECTED, "the address is no http(s) URL")
+    if isinstance(error, UnicodeError):
+        return RequestFault(FaultKind.REJECTED, "the address holds a host name that is none")
     if isinstance(error, ValueError) and not isinstance(error, aiohttp.ClientError):
         return RequestFault(
             FaultKind.AUTH, "a header cannot be sent; the key may hold a line break or a control character"

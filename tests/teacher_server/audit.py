@@ -43,13 +43,13 @@ _WITHOUT_CHOICES = frozenset({"429", "429-bare", "500", "503", "529", "hang", "l
 _UNKNOWABLE = frozenset({"hang", "reset", "reset-mid", "truncated"})
 """The client cannot tell whether these are billed."""
 _CAUSES: tuple[tuple[str, frozenset[str]], ...] = (
-    (r"no answer within|not complete within", frozenset({"hang"})),
+    (r"no answer within|not complete within", frozenset({"hang", "late"})),
     (r"HTTP 429", frozenset({"429", "429-bare"})),
     (r"HTTP 500", frozenset({"500"})),
     (r"HTTP 5(?:03|29)", frozenset({"503", "529"})),
     (r"closed|connection broke", frozenset({"reset", "reset-mid"})),
     (r"no JSON", frozenset({"truncated"})),
-    (r"no choice|neither candidates", frozenset({"fewer"})),
+    (r"no choice", frozenset({"fewer"})),
 )
 """What the client says about a failure, and what the server must have done then."""
 
@@ -78,6 +78,11 @@ class Client:
     takes_n: bool
     """All samples in one HTTP request."""
     requests_per_minute: int
+
+    @property
+    def has_own_bodies(self) -> bool:
+        """No two of its HTTP requests have the same body, so the server can tell a retry from a sibling."""
+        return self.takes_n or self.dialect == "gemini"
 
     @property
     def key_variable(self) -> str:
@@ -182,15 +187,27 @@ def audit(
     found.require(set(per_identity) <= set(names), "the server was asked for what nobody wanted")
     found.require(len(answers) == len(requests), f"{len(answers)} answers to {len(requests)} requests")
     counts: Counter[str] = Counter()
+    late: list[Mapping[str, Any]] = []
     for request, name, answer in zip(requests, names, answers, strict=True):
         mine = per_identity[name]
-        left = _delivered(request, mine)
+        delivered = _delivered(request, mine)
+        left = Counter(text for _, texts in delivered for text in texts)
         found.require(len(answer.continuations) == request.n, f"{name}: {len(answer.continuations)} continuations")
+        failed = [c for c in answer.continuations if c.missing in (Missing.FAILED, Missing.TIMEOUT)]
         for continuation in answer.continuations:
-            counts[_trace(continuation, left, mine, found)] += 1
-        unasked = sum(entry["choices"] > entry["n"] for entry in mine if entry["billed"])
+            if continuation not in failed:
+                counts[_trace(continuation, left, found)] += 1
+        own_late = _take_late(delivered, left)
+        did = {entry["decision"] for entry in mine}
+        if own_late or any(e["outcome"] == "abandoned" and e["decision"] not in _UNKNOWABLE for e in mine):
+            did.add("late")
+        for continuation in failed:
+            _explain(continuation, did, found)
+        counts["failed"] += len(failed)
+        unasked = sum(e["choices"] > e["n"] for e, _ in delivered if e not in own_late)
         counts["unasked"] += unasked
-        # Nothing that was delivered was thrown away, so nothing was bought again.
+        late += own_late
+        # Of what the client received nothing was thrown away, so nothing was bought again.
         found.require(left.total() == unasked, f"{name}: {left.total() - unasked} choices were billed and not used")
     found.figures |= {
         "requests": len(requests),
@@ -200,13 +217,15 @@ def audit(
         "failed": counts["failed"],
         "choices_beyond_those_asked_for": counts["unasked"],
     }
-    _check_bills(client, entries, ledger, counts, found)
+    _check_bills(client, entries, late, ledger, counts, found)
     return found
 
 
-def _delivered(request: ContinuationRequest, entries: Sequence[Mapping[str, Any]]) -> Counter[str | None]:
-    """Return the billed choices of one request, as a client has to read them; None is a refusal."""
-    texts: Counter[str | None] = Counter()
+def _delivered(
+    request: ContinuationRequest, entries: Sequence[Mapping[str, Any]]
+) -> list[tuple[Mapping[str, Any], list[str | None]]]:
+    """Return the billed answers to one request with their choices, as a client has to read them; None is a refusal."""
+    answers = []
     first = 0
     for entry in entries:
         if entry["decision"] in _WITHOUT_CHOICES:
@@ -215,8 +234,8 @@ def _delivered(request: ContinuationRequest, entries: Sequence[Mapping[str, Any]
         first += entry["n"]
         if not entry["billed"]:
             continue
-        for number in numbers:
-            text = expected_continuation(
+        texts = [
+            expected_continuation(
                 request.messages,
                 request.prefix,
                 number,
@@ -224,24 +243,26 @@ def _delivered(request: ContinuationRequest, entries: Sequence[Mapping[str, Any]
                 seed=entry["seeds"][0],
                 is_instructed=entry["how"] in ("chat", "chat-turn"),
             )
-            texts[None if entry["decision"] == "refusal" else text] += 1
-    return texts
+            for number in numbers
+        ]
+        answers.append((entry, [None if entry["decision"] == "refusal" else text for text in texts]))
+    return answers
 
 
-def _trace(
-    continuation: Continuation, left: Counter[str | None], entries: Sequence[Mapping[str, Any]], found: Audit
-) -> str:
-    """Find what a continuation came from and take it off `left`. Returns `text`, `refused` or `failed`."""
-    if continuation.missing in (Missing.FAILED, Missing.TIMEOUT):
-        said = next((c for c in _CAUSES if re.search(c[0], continuation.detail)), None)
-        did = {entry["decision"] for entry in entries}
-        found.require(
-            said is not None and bool(said[1] & did),
-            f"{continuation.missing}: {continuation.detail!r} but the server did {sorted(did)}",
-        )
-        cause = " or ".join(sorted(said[1])) if said else continuation.detail
-        found.missing[f"{continuation.missing}: {cause}"] += 1
-        return "failed"
+def _take_late(
+    answers: Sequence[tuple[Mapping[str, Any], Sequence[str | None]]], left: Counter[str | None]
+) -> list[Mapping[str, Any]]:
+    """Take whole answers off `left`: written in full when the client had just given up waiting."""
+    late = []
+    for entry, texts in answers:
+        if texts and Counter(texts) <= left:
+            left.subtract(texts)
+            late.append(entry)
+    return late
+
+
+def _trace(continuation: Continuation, left: Counter[str | None], found: Audit) -> str:
+    """Find what an answered continuation came from and take it off `left`. Returns `text` or `refused`."""
     is_refusal = continuation.missing is Missing.REFUSED
     found.require(
         is_refusal or continuation.text is not None, f"{continuation.missing}: {continuation.detail!r} unexplained"
@@ -253,15 +274,25 @@ def _trace(
     return "refused" if is_refusal else "text"
 
 
+def _explain(continuation: Continuation, did: set[str], found: Audit) -> None:
+    """Hold what the client says about a failure against what the server did to the request."""
+    said = next((causes for words, causes in _CAUSES if re.search(words, continuation.detail)), frozenset())
+    found.require(bool(said & did), f"{continuation.missing}: {continuation.detail!r} but the server did {sorted(did)}")
+    found.missing[f"{continuation.missing}: {' or '.join(sorted(said & did))}"] += 1
+
+
 def _check_bills(
-    client: Client, entries: Sequence[Mapping[str, Any]], ledger: Path, counts: Counter[str], found: Audit
+    client: Client,
+    entries: Sequence[Mapping[str, Any]],
+    late: Sequence[Mapping[str, Any]],
+    ledger: Path,
+    counts: Counter[str],
+    found: Audit,
 ) -> None:
-    """Compare the ledger's sums with the server's."""
+    """Compare the ledger's sums with the server's. What came late is billed and, in the ledger, never answered."""
     billed = [entry for entry in entries if entry["billed"]]
-    # Gemini's dialect reads no bill off an answer without candidates: that counts by its bound.
-    unread = [entry for entry in billed if client.dialect == "gemini" and entry["choices"] == 0]
-    read = [entry for entry in billed if entry not in unread]
-    unknowable = sum(entry["decision"] in _UNKNOWABLE for entry in entries)
+    received = [entry for entry in billed if entry not in late]
+    never = [e for e in entries if e["decision"] in _UNKNOWABLE or e["outcome"] == "abandoned"]
     with closing(sqlite3.connect(ledger)) as db:
         sums = db.execute(
             "SELECT SUM(requests), SUM(unanswered), SUM(input_tokens), SUM(output_tokens), SUM(cost_usd), "
@@ -280,9 +311,11 @@ def _check_bills(
         "http_200_billed": len(billed),
         "choices_billed": choices,
         "samples_in_ledger": stored,
-        "lost_on_the_way": unknowable,
+        "never_received": len(never) + len(late),
+        "never_received_but_billed": len(late),
+        "usd_never_received_but_billed": sum(entry["usd"] for entry in late),
         "unanswered_in_ledger": unanswered,
-        "billed_without_a_readable_choice": len(unread),
+        "billed_without_a_choice": sum(entry["choices"] == 0 for entry in billed),
         "usd_billed": sum(entry["usd"] for entry in billed),
         "usd_in_ledger": usd,
         "usd_possible_in_ledger": possible,
@@ -290,15 +323,19 @@ def _check_bills(
         "requests_per_minute": client.requests_per_minute,
         "decisions": dict(sorted(Counter(entry["decision"] for entry in entries).items())),
     }
-    unread_usd = sum(entry["usd"] for entry in unread)
     found.require(requests == len(entries), f"the ledger has {requests} requests, the server {len(entries)}")
-    found.require(unanswered == unknowable + len(unread), f"{unanswered} unanswered, expected {unknowable}")
-    found.require(stored == choices - counts["unasked"], f"{stored} samples of {choices} choices are stored")
-    found.require(stored == counts["text"] + counts["refused"], f"{stored} samples are stored, more were used")
-    found.require(inputs == sum(e["input_tokens"] for e in read), f"{inputs} input tokens in the ledger")
-    found.require(outputs == sum(e["output_tokens"] for e in read), f"{outputs} output tokens in the ledger")
-    found.require(abs(usd + unread_usd - sum(e["usd"] for e in billed)) < 1e-9, f"{usd} USD in the ledger")
-    found.require(unread_usd <= possible, f"{possible} USD possible do not cover {unread_usd}")
+    found.require(unanswered == len(never) + len(late), f"{unanswered} unanswered, not {len(never)} + {len(late)}")
+    kept = sum(entry["choices"] for entry in received) - counts["unasked"]
+    found.require(stored == kept, f"{stored} samples of {kept} choices received are stored")
+    found.require(stored == counts["text"] + counts["refused"], f"{stored} samples are stored, other ones were used")
+    found.require(inputs == sum(entry["input_tokens"] for entry in received), f"{inputs} input tokens in the ledger")
+    found.require(
+        outputs == sum(entry["output_tokens"] for entry in received), f"{outputs} output tokens in the ledger"
+    )
+    found.require(abs(usd - sum(entry["usd"] for entry in received)) < 1e-9, f"{usd} USD in the ledger")
+    found.require(
+        sum(entry["usd"] for entry in late) <= possible, f"{possible} USD possible do not cover what was late"
+    )
     found.require(open_orders == 0, f"{open_orders} orders were never settled")
 
 

@@ -86,16 +86,21 @@ def _open_answer(ask: Ask, card: Card) -> str | list[dict[str, Any]]:
 
     The cache holds whole blocks up to a mark, so a text that grows within one block would never be found again.
     """
-    if card.prompt_cache.mode != "explicit" or not ask.cuts:
+    cuts = [cut for cut in ask.cuts if 0 < cut <= len(ask.prefix)]
+    if card.prompt_cache.mode != "explicit" or not cuts:
         return ask.prefix
     blocks: list[dict[str, Any]] = []
-    start = 0
-    for end in (*(cut for cut in ask.cuts if 0 < cut < len(ask.prefix)), len(ask.prefix)):
+    start = marked = 0
+    for end in sorted({*cuts, len(ask.prefix)}):
         # A block of whitespace alone is refused; it becomes the head of the next one.
         if (text := ask.prefix[start:end]).strip():
             blocks.append({"type": "text", "text": text})
             start = end
-    blocks[-1]["cache_control"] = {"type": "ephemeral"}
+        if end == cuts[-1]:
+            marked = len(blocks) - 1
+    # Up to the mark it is read if it is there, and written, which costs more, if it is not: so never past the last end
+    # that another request will share.
+    blocks[max(0, marked)]["cache_control"] = {"type": "ephemeral"}
     return blocks
 
 

@@ -25,7 +25,8 @@ class Ask(Value):
     prefix: str = ""
     """`prefill`: the open answer, without trailing whitespace. Empty: the model begins the answer."""
     cuts: tuple[int, ...] = ()
-    """`prefill`: where shorter prefixes of the same answer end, ascending; a prompt cache may be told of them."""
+    """`prefill`: where shorter prefixes of the same answer end, ascending, and the end of this one if longer ones will
+    go on from it. A prompt cache that has to be told is told of the last."""
     prompts: tuple[str, ...] = ()
     """`completions`: the raw texts; more than one only where the card's `batch_prompts` allows it."""
     prompt_ids: tuple[int, ...] = ()

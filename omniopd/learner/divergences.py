@@ -1,0 +1,309 @@
+"""Divergences to an open-weight teacher: the losses of the `kl` stream. Importing this file does not load torch.
+
+P is the student, Q the teacher, both over the whole vocabulary at one position of a rollout; every loss is in nats per
+token, 0 where P = Q, and lower is closer. Gradients flow into P alone. `temperature` softens both distributions before
+they are compared; the value is that of the softened pair, without the factor temperature ** 2 of some codebases.
+
+Shape letters: N tokens of a slice, V vocabulary, K kept tokens (and the bucket of the others).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
+
+from omniopd.errors import ConfigError
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from omniopd.learner.losses import TokenSlice
+
+_FAR = 30.0
+"""Log-ratios beyond this are computed from the other end; e ** 30 squared still fits into float32."""
+
+
+@dataclass(frozen=True)
+class TeacherDivergence:
+    """What all of them share: stream, need and temperature."""
+
+    stream: ClassVar[str] = "kl"
+    needs: ClassVar[str | None] = "teacher"
+    temperature: float = 1.0
+
+    def __post_init__(self) -> None:
+        if not (math.isfinite(self.temperature) and self.temperature > 0):
+            raise ConfigError(f"temperature must be positive, got {self.temperature}")
+
+    def pair(self, tokens: TokenSlice) -> tuple[Tensor, Tensor]:
+        """Return log P and log Q [N, V]."""
+        assert tokens.reference_logprobs_NV is not None
+        student, teacher = tokens.logprobs_NV, tokens.reference_logprobs_NV
+        if self.temperature == 1.0:
+            return student, teacher
+        return (student / self.temperature).log_softmax(-1), (teacher / self.temperature).log_softmax(-1)
+
+
+@dataclass(frozen=True)
+class TeacherReverseKL(TeacherDivergence):
+    """KL(P || Q): the usual on-policy distillation loss. Settles on what Q likes. Source: arXiv 2306.13649."""
+
+    def __call__(self, tokens: TokenSlice) -> Tensor:
+        return kl(*self.pair(tokens))
+
+
+@dataclass(frozen=True)
+class TeacherForwardKL(TeacherDivergence):
+    """KL(Q || P): covers all that Q does. Source: arXiv 2306.13649."""
+
+    def __call__(self, tokens: TokenSlice) -> Tensor:
+        student, teacher = self.pair(tokens)
+        return kl(teacher, student)
+
+
+@dataclass(frozen=True)
+class GeneralizedJSD(TeacherDivergence):
+    """J = beta KL(Q || M) + (1 - beta) KL(P || M) with M = beta Q + (1 - beta) P. Source: arXiv 2306.13649.
+
+    J goes to 0 at both ends, and only J / (beta (1 - beta)) goes to the forward KL at beta 0 and to the reverse KL at
+    beta 1. `limits` returns that quotient, which is continuous in beta and keeps its scale (4 J at beta 0.5). `trl` is
+    what TRL and the GKD paper compute: J itself inside, and the two KLs at exactly 0 and 1, where it jumps.
+    """
+
+    beta: float = 0.5
+    convention: Literal["limits", "trl"] = "limits"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _check_share("beta", self.beta)
+
+    def __call__(self, tokens: TokenSlice) -> Tensor:
+        student, teacher = self.pair(tokens)
+        if self.beta == 0.0:
+            return kl(teacher, student)
+        if self.beta == 1.0:
+            return kl(student, teacher)
+        # Dividing before the sum keeps the quotient exact for a beta near its ends.
+        of_teacher = -(teacher.exp() * log_mixture_ratio(teacher, student, 1.0 - self.beta)).sum(-1) / (1.0 - self.beta)
+        of_student = -(student.exp() * log_mixture_ratio(student, teacher, self.beta)).sum(-1) / self.beta
+        quotient = of_teacher + of_student
+        return quotient if self.convention == "limits" else self.beta * (1.0 - self.beta) * quotient
+
+
+@dataclass(frozen=True)
+class SkewedKL(TeacherDivergence):
+    """KL to a mixture that holds a share `alpha` of the first distribution, so it stays finite. arXiv 2402.03898.
+
+    forward: KL(Q || alpha Q + (1 - alpha) P). reverse: KL(P || alpha P + (1 - alpha) Q), gradients through both P. At
+    alpha 0 they are the plain KLs; the value shrinks with alpha and is at most log(1 / alpha).
+    """
+
+    alpha: float = 0.1
+    direction: Literal["forward", "reverse"] = "forward"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not 0.0 <= self.alpha < 1.0:
+            raise ConfigError(f"alpha must be at least 0 and less than 1, where the loss is always 0; got {self.alpha}")
+
+    def __call__(self, tokens: TokenSlice) -> Tensor:
+        student, teacher = self.pair(tokens)
+        first, second = (teacher, student) if self.direction == "forward" else (student, teacher)
+        if self.alpha == 0.0:
+            return kl(first, second)
+        return -(first.exp() * log_mixture_ratio(first, second, 1.0 - self.alpha)).sum(-1)
+
+
+@dataclass(frozen=True)
+class TotalVariation(TeacherDivergence):
+    """Half of the summed |P - Q|, in [0, 1]: bounded, and deaf to how wrong a rare token is. arXiv 2307.15190."""
+
+    def __call__(self, tokens: TokenSlice) -> Tensor:
+        student, teacher = self.pair(tokens)
+        return 0.5 * (student.exp() - teacher.exp()).abs().sum(-1)
+
+
+@dataclass(frozen=True)
+class MixedKL(TeacherDivergence):
+    """forward KL(Q || P) + (1 - forward) KL(P || Q): cover and settle at once. At 0.5 half of Jeffreys' divergence."""
+
+    forward: float = 0.5
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _check_share("forward", self.forward)
+
+    def __call__(self, tokens: TokenSlice) -> Tensor:
+        student, teacher = self.pair(tokens)
+        return self.forward * kl(teacher, student) + (1.0 - self.forward) * kl(student, teacher)
+
+
+@dataclass(frozen=True)
+class TopKReverseKL(TeacherDivergence):
+    """Reverse KL over K tokens. The rest is renormalized away, or with `tail` compared as one bucket."""
+
+    k: int = 32
+    renormalize: bool = True
+    tail: bool = False
+    """Keep the mass outside as one more outcome; then the masses add up to 1 without renormalizing."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.k < 1:
+            raise ConfigError(f"k must be 1 or more, got {self.k}")
+        if not self.renormalize and not self.tail:
+            raise ConfigError(
+                "renormalize is false and there is no tail: plain top-k reverse KL is no divergence, it falls below 0 "
+                "(-0.22 for Q = .6 .3 .1, P = .2 .3 .5, k = 2) by moving mass out of the k tokens; use renormalize: "
+                "true or tail: true"
+            )
+        if self.k == 1 and not self.tail:
+            raise ConfigError(
+                "k is 1: one token renormalized has probability 1 in both models, so nothing is compared; use k of 2 "
+                "or more, tail: true, or method.supervision={type: logprob, objective: sampled}"
+            )
+
+    def outcomes(self, tokens: TokenSlice, *, of_teacher: bool) -> tuple[Tensor, Tensor]:
+        """Return log P and log Q [N, K] of what is compared; without the tail they are not renormalized yet."""
+        student, teacher = self.pair(tokens)
+        size = student.shape[-1]
+        ids_NK = (teacher if of_teacher else student.detach()).topk(min(self.k, size), -1).indices
+        if self.tail and self.k < size:
+            return _with_tail(student, ids_NK), _with_tail(teacher, ids_NK)
+        return student.gather(-1, ids_NK), teacher.gather(-1, ids_NK)
+
+    def compare(self, student: Tensor, teacher: Tensor) -> Tensor:
+        """Return the reverse KL of two sets of outcomes, renormalized where they do not add up to 1."""
+        if self.tail:
+            return kl(student, teacher)
+        return kl(student.log_softmax(-1), teacher.log_softmax(-1))
+
+
+@dataclass(frozen=True)
+class TeacherTopKReverseKL(TopKReverseKL):
+    """KL(P || Q) over the teacher's K most likely tokens, with its full gradient. Source: arXiv 2603.25562.
+
+    As published with k 32 and both renormalized; with `tail` it is the reverse KL of the coarser outcomes, a lower
+    bound of the exact one. k = V gives the exact one either way.
+    """
+
+    def __call__(self, tokens: TokenSlice) -> Tensor:
+        return self.compare(*self.outcomes(tokens, of_teacher=True))
+
+
+@dataclass(frozen=True)
+class StudentTopKReverseKL(TopKReverseKL):
+    """KL(P || Q) over the student's own K most likely tokens. Source: arXiv 2604.13016 (k 16, stop gradient).
+
+    With `stop_gradient`, as published, every kept token has the fixed reward rho (log Q - log P), rho being P
+    renormalized over the K tokens, and its log P is raised by it; the value is minus the summed reward. Without, the
+    gradient also flows through the reward and the renormalization. At k = V the two gradients are the same.
+    """
+
+    k: int = 16
+    stop_gradient: bool = True
+
+    def __call__(self, tokens: TokenSlice) -> Tensor:
+        student, teacher = self.outcomes(tokens, of_teacher=False)
+        if not self.stop_gradient:
+            return self.compare(student, teacher)
+        fixed = student.detach()
+        share = fixed.exp() if self.tail else fixed.softmax(-1)
+        cost = share * (fixed - teacher)
+        # The value is the cost, the gradient that of cost * log P.
+        return (cost * (1.0 + student - fixed)).sum(-1)
+
+
+@dataclass(frozen=True)
+class SampledToken(TeacherDivergence):
+    """A divergence from the sampled token alone, back-propagated. With d = log P(y) - log Q(y), y drawn from P:
+
+    k2 = d ** 2 / 2, whose gradient is on average that of the reverse KL (its value is not);
+    k3 = exp(-d) - 1 + d, whose value is on average the reverse KL, but whose gradient is that of the *forward* KL;
+    abs = |d|, in value and gradient on average twice the total variation.
+    `aim` says which divergence is to fall, and must fit. Source: J. Schulman, "Approximating KL divergence" (2020); the
+    gradients follow from E[grad log P] = 0. The token must be drawn at temperature 1 by the student as it is.
+    """
+
+    estimator: Literal["k1", "k2", "k3", "abs"] = "k2"
+    aim: Literal["reverse_kl", "forward_kl", "total_variation"] = "reverse_kl"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.temperature != 1.0:
+            raise ConfigError(
+                f"temperature is {self.temperature}: the token was drawn from the student as it is, so only "
+                "temperature 1 estimates anything; use a full divergence such as reverse_kl"
+            )
+        if self.estimator == "k1":
+            raise ConfigError(
+                "estimator is k1: back-propagated directly it is log P(y) alone, whose gradient is 0 on average, and "
+                "the teacher drops out; use k1 as an advantage with method.supervision={type: logprob, objective: "
+                "sampled}, or estimator: k2, which has the gradient of the reverse KL"
+            )
+        lowers = {"k2": "reverse_kl", "k3": "forward_kl", "abs": "total_variation"}[self.estimator]
+        if self.aim != lowers:
+            value = " (only its value is)" if self.estimator == "k3" and self.aim == "reverse_kl" else ""
+            raise ConfigError(
+                f"estimator is {self.estimator}: back-propagated directly its gradient is that of the {lowers}, not of "
+                f"the {self.aim}{value}; use type: {self.aim}, the estimator k2 for the reverse_kl, k3 for the "
+                f"forward_kl or abs for the total_variation, or, if that is meant, aim: {lowers}"
+            )
+
+    def __call__(self, tokens: TokenSlice) -> Tensor:
+        assert tokens.reference_logprobs_NV is not None
+        teacher = tokens.reference_logprobs_NV.gather(-1, tokens.token_ids_N[:, None]).squeeze(-1)
+        d = tokens.token_logprobs_N - teacher
+        if self.estimator == "abs":
+            return d.abs()
+        return 0.5 * d * d if self.estimator == "k2" else (-d).expm1() + d
+
+
+DIVERGENCES: Mapping[str, type[Any]] = {
+    "reverse_kl": TeacherReverseKL,
+    "forward_kl": TeacherForwardKL,
+    "jsd": GeneralizedJSD,
+    "skewed": SkewedKL,
+    "total_variation": TotalVariation,
+    "mixed": MixedKL,
+    "teacher_topk_reverse_kl": TeacherTopKReverseKL,
+    "student_topk_reverse_kl": StudentTopKReverseKL,
+    "sampled_token": SampledToken,
+}
+
+
+def kl(first: Tensor, second: Tensor) -> Tensor:
+    """Return KL(first || second) [N] of log-probabilities [N, K]."""
+    return (first.exp() * (first - second)).sum(-1)
+
+
+def log_mixture_ratio(first: Tensor, second: Tensor, share: float) -> Tensor:
+    """Return log((1 - share) first + share second) - log first of log-probabilities, for 0 < share < 1.
+
+    Exact relative to `share` however small it is, where log-sum-exp would leave rounding errors of the size of log
+    first; dividing by a small share later does not blow them up.
+    """
+    if share > 0.5:
+        return second - first + log_mixture_ratio(second, first, 1.0 - share)
+    ratio = second - first
+    near = (share * ratio.clamp(max=_FAR).expm1()).log1p()
+    far = ratio.clamp(min=_FAR)
+    return near.where(ratio <= _FAR, far + (share + (1.0 - share) * (-far).exp()).log())
+
+
+def _with_tail(logprobs_NV: Tensor, ids_NK: Tensor) -> Tensor:
+    """Return the log-probs of some tokens and of all others together [N, K + 1].
+
+    The others are summed where they are: 1 minus the sum of the kept would cancel.
+    """
+    import torch
+
+    rest = logprobs_NV.scatter(-1, ids_NK, -math.inf).logsumexp(-1, keepdim=True)
+    return torch.cat([logprobs_NV.gather(-1, ids_NK), rest], -1)
+
+
+def _check_share(name: str, value: float) -> None:
+    if not 0.0 <= value <= 1.0:
+        raise ConfigError(f"{name} must be in [0, 1], got {value}")
