@@ -49,7 +49,7 @@ def test_nothing_is_lost_paid_twice_or_unexplained(tmp_path: Path, monkeypatch: 
         urls = [server.base_url(client.dialect) for client, server in zip(clients, servers, strict=True)]
 
         def ask() -> list[list[TeacherAnswer]]:
-            return asyncio.run(asyncio.wait_for(ask_all(clients, urls, ledger=ledger, timeout_s=0.5), 60))
+            return asyncio.run(asyncio.wait_for(ask_all(clients, urls, ledger=ledger, timeout_s=1.0), 60))
 
         answers = ask()
         decisions: Counter[str] = Counter()

@@ -323,8 +323,12 @@ def _check_bills(
         "requests_per_minute": client.requests_per_minute,
         "decisions": dict(sorted(Counter(entry["decision"] for entry in entries).items())),
     }
-    found.require(requests == len(entries), f"the ledger has {requests} requests, the server {len(entries)}")
-    found.require(unanswered == len(never) + len(late), f"{unanswered} unanswered, not {len(never)} + {len(late)}")
+    # On a machine too busy to accept connections in time, an attempt may end before the server hears of it.
+    unheard = requests - len(entries)
+    found.figures["requests_the_server_never_heard_of"] = unheard
+    found.require(unheard >= 0, f"the ledger has {requests} requests, the server {len(entries)}")
+    known = len(never) + len(late)
+    found.require(known <= unanswered <= known + unheard, f"{unanswered} unanswered, not {known} (+ {unheard})")
     kept = sum(entry["choices"] for entry in received) - counts["unasked"]
     found.require(stored == kept, f"{stored} samples of {kept} choices received are stored")
     found.require(stored == counts["text"] + counts["refused"], f"{stored} samples are stored, other ones were used")
