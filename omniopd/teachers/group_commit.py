@@ -11,6 +11,7 @@ import itertools
 import queue
 import sqlite3
 import threading
+import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
@@ -21,6 +22,8 @@ from omniopd.errors import OmniOPDError
 Item = TypeVar("Item")
 T = TypeVar("T")
 _MOST_AT_ONCE = 512
+GATHER_S = 0.002
+"""How long the first answer waits for others that may share its commit."""
 _BUSY = (sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED)
 
 
@@ -131,6 +134,9 @@ class GroupCommit:
         is_open = True
         while is_open:
             waiting = [self._queue.get()]
+            if waiting[0] is not None and waiting[0].is_durable:
+                # More answers are about to come; each commit costs as much as several of them.
+                time.sleep(GATHER_S)
             with contextlib.suppress(queue.Empty):
                 while len(waiting) < _MOST_AT_ONCE:
                     waiting.append(self._queue.get_nowait())
