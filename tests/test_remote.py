@@ -292,8 +292,8 @@ def test_nobody_waits_for_a_turn_after_a_hard_stop() -> None:
         start = time.monotonic()
         with pytest.raises(TeacherAuthError):
             run(one, [ask(str(i)) for i in range(40)])
-    # Ten may start at once and the others one a second.
-    assert time.monotonic() - start < 2.0
+    # Ten may start at once and the others one a second: it would take half a minute.
+    assert time.monotonic() - start < 10.0
 
 
 def test_room_for_thinking_grows_once_for_all_that_is_under_way() -> None:
@@ -525,7 +525,7 @@ def test_the_longest_prefix_of_an_answer_goes_first_where_the_provider_caches_he
     assert sent.index(prefixes[1]) < min(sent.index(prefixes[0]), sent.index(prefixes[3]))
     # The longest one and the unrelated one, then the two shorter ones.
     assert server.most_in_flight <= 3
-    with Loopback([Scripted(body=chat(" x").body, delay_s=0.3)]) as server:
+    with Loopback([Scripted(body=chat(" x").body, delay_s=0.8)]) as server:
         run(teacher(server.base_url), [ask(prefix) for prefix in prefixes])
         assert server.most_in_flight == 4
 
