@@ -198,7 +198,15 @@ class RunFolder:
 
     def check_resumable(self, config: Mapping[str, Any]) -> None:
         """Raise RunError when `config` would continue the run as a different one."""
-        differences = config_differences(self.read_resolved(), dict(config))
+        before = self.read_resolved()
+        old, new = before.get("teacher") or {}, config.get("teacher") or {}
+        for name in ("budget_usd", "budget_tokens", "budget_calls"):
+            if old.get(name) is not None and new.get(name) is None:
+                raise RunError(
+                    f"{self.path} was started with teacher.{name}={old[name]}; give it again or raise it, so that no "
+                    "budget is dropped by accident"
+                )
+        differences = config_differences(before, dict(config))
         if differences:
             raise RunError(
                 f"{self.path} was started with other settings: {', '.join(differences)}; resume with the settings in "

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 import os
 import random
@@ -555,3 +556,14 @@ def test_only_what_a_teacher_says_of_itself_is_on_disk(tmp_path: Path) -> None:
     db = sqlite3.connect(path)
     assert db.execute("SELECT * FROM teachers").fetchall() == [("t", json.dumps({"a": [2], "b": 1}), 1)]
     db.close()
+
+
+def test_a_database_of_somebody_else_is_left_alone(tmp_path: Path) -> None:
+    path = tmp_path / "other.sqlite"
+    with contextlib.closing(sqlite3.connect(path)) as db:
+        db.execute("CREATE TABLE recipes (name TEXT)")
+        db.commit()
+    before = path.read_bytes()
+    with pytest.raises(RunError, match="no ledger"):
+        Ledger(path)
+    assert path.read_bytes() == before

@@ -395,7 +395,7 @@ def test_real_time_at_a_high_rate() -> None:
         await asyncio.gather(*(one() for _ in range(1050)))
         return time.monotonic() - begin
 
-    assert 0.48 <= asyncio.run(main()) < 3
+    assert 0.48 <= asyncio.run(main()) < 10
 
 
 def test_a_free_slot_costs_next_to_nothing() -> None:

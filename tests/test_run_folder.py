@@ -118,6 +118,14 @@ def test_empty_and_absent_differ_and_a_tuple_equals_its_list() -> None:
     assert config_differences({"betas": [0.9, 0.99]}, {"betas": (0.9, 0.99)}) == []
 
 
+def test_a_budget_is_not_dropped_by_accident(tmp_path: Path) -> None:
+    folder = RunFolder.create(tmp_path / "r", resume=False, overwrite=False)
+    folder.write_resolved({"teacher": {"budget_usd": 5.0}})
+    with pytest.raises(RunError, match=r"teacher\.budget_usd=5\.0; give it again or raise it"):
+        folder.check_resumable({"teacher": {"budget_usd": None}})
+    folder.check_resumable({"teacher": {"budget_usd": 7.5}})
+
+
 def test_a_changed_run_cannot_be_resumed(tmp_path: Path) -> None:
     folder = existing_run(tmp_path / "a")
     folder.check_resumable({"name": "r", "steps": 50})

@@ -86,6 +86,10 @@ def connect(path: str) -> sqlite3.Connection:
         Path(path).parent.mkdir(parents=True, exist_ok=True)
     db = sqlite3.connect(path, timeout=BUSY_S, isolation_level=None, check_same_thread=False)
     try:
+        # In this order: a ledger that another process makes right now gets its tables and its version at once.
+        has_tables = db.execute("SELECT 1 FROM sqlite_master").fetchone() is not None
+        if has_tables and _version(db, path) == 0:
+            raise RunError(f"{path} is a database, and no ledger; expected a ledger or the name of a new file")
         _use_wal(db)
         if _version(db, path) < VERSION:
             db.execute("PRAGMA synchronous=FULL")
