@@ -232,6 +232,8 @@ def test_broken_weights_stop_the_run_and_settle_the_order(teacher_folder: Path, 
 def test_weights_come_late_and_go_with_a_close(teacher_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     loads: list[str] = []
     torch.set_num_threads(2)
+    # Each thread takes the process-wide figure when it first asks; this one asks now.
+    assert torch.get_num_threads() == 2
 
     def load(folder: str, **settings: Any) -> Sampler:
         loads.append(folder)

@@ -178,10 +178,10 @@ def test_limits_are_enforced_and_told() -> None:
         time.sleep(wait)
         assert post(url, chat())[0] == 200
         assert server.log.early_retries == 0
-        server.change(requests_per_minute=None, tokens_per_minute=600)  # 10 tokens in any second
-        assert post(url, chat(max_tokens=100))[0] == 429
-        assert post(url, chat(max_tokens=100))[0] == 429
-        assert server.log.early_retries == 1
+        server.change(requests_per_minute=None, tokens_per_minute=60, window_s=10.0)  # 10 tokens in any 10 seconds
+        # Several, because on a busy machine the second may come after the wait it was told.
+        assert [post(url, chat(max_tokens=100))[0] for _ in range(6)] == [429] * 6
+        assert 1 <= server.log.early_retries <= 5
 
 
 def test_the_log_tells_everything_and_a_file_keeps_it(tmp_path: Path) -> None:

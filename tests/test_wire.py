@@ -460,22 +460,23 @@ def test_connections_are_limited() -> None:
 def test_a_cancelled_request_closes_its_connection() -> None:
     async def main() -> bytes:
         client = HttpClient(trust_env=False)
-        gone = asyncio.Event()
+        arrived, gone = asyncio.Event(), asyncio.Event()
 
         async def waits(c: Connection) -> None:
             await c.request()
             if c.number == 0:
+                arrived.set()
                 await c.reader.read()
                 gone.set()
             await c.send(answer(b"fresh"))
 
         async with listening(waits) as server:
             task = asyncio.create_task(client.post(server.url, headers={}, body=b"{}", timeout_s=5))
-            await asyncio.sleep(0.05)
+            await asyncio.wait_for(arrived.wait(), 5)
             task.cancel()
             with pytest.raises(asyncio.CancelledError):
                 await task
-            await asyncio.wait_for(gone.wait(), 2)
+            await asyncio.wait_for(gone.wait(), 5)
             reply = await client.post(server.url, headers={}, body=b"{}", timeout_s=5)
             await client.aclose()
             return reply.body
