@@ -13,7 +13,6 @@ import argparse
 import hashlib
 import json
 import os
-import platform
 import statistics
 import subprocess
 import sys
@@ -25,6 +24,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+from benchmarks.provenance import provenance
 from omniopd.presets import PRESETS
 
 RESULTS = Path(__file__).parent / "results"
@@ -254,9 +254,7 @@ def main() -> None:
     parallel = 1 if args.name in ("seeds", "profile") else 2
     results = run_all(jobs_of(args.name, args.seeds, args.steps), args.runs.resolve() / args.name, parallel=parallel)
     record = {
-        "date": time.strftime("%Y-%m-%d"),
-        "machine": f"{platform.machine()}, {os.cpu_count()} cores",
-        "python": platform.python_version(),
+        **provenance(),
         "wall_seconds": round(time.perf_counter() - started),
         "results": results,
     }

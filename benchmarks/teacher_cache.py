@@ -21,7 +21,6 @@ import argparse
 import asyncio
 import json
 import os
-import platform
 import random
 import statistics
 import subprocess
@@ -30,10 +29,10 @@ import tempfile
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+from benchmarks.provenance import provenance
 from benchmarks.teacher_load import KEY, ROOT, ServerProcess, expected_answers, make_requests, serving
 from omniopd.api import ChunkRewarder
 from omniopd.teachers.base import ContinuationRequest
@@ -233,9 +232,7 @@ def main() -> None:
         costs = overhead(server, folder, rounds=1 if given.quick else ROUNDS)
         flush = fsync_ms(folder)
     report = {
-        "date": datetime.now(UTC).date().isoformat(),
-        "machine": f"{platform.machine()}, {os.cpu_count()} cores",
-        "python": platform.python_version(),
+        **provenance(),
         "load_average_before": round(load[0], 2),
         "latency_s": LATENCY_S,
         "fsync_ms": round(flush, 3),

@@ -24,7 +24,6 @@ import argparse
 import asyncio
 import json
 import os
-import platform
 import sys
 import tempfile
 import time
@@ -32,10 +31,10 @@ import urllib.request
 from collections import Counter
 from collections.abc import Sequence
 from contextlib import ExitStack
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+from benchmarks.provenance import provenance
 from benchmarks.teacher_load import KEY, ServerProcess, serving
 from omniopd.teachers.base import TeacherAnswer
 from omniopd.types import Missing
@@ -71,9 +70,7 @@ def main() -> None:
         ]
         report = run(clients, servers, folder / "ledger.sqlite")
     report = {
-        "date": datetime.now(UTC).date().isoformat(),
-        "machine": f"{platform.machine()}, {os.cpu_count()} cores",
-        "python": platform.python_version(),
+        **provenance(),
         **report,
     }
     print(json.dumps({name: value for name, value in report.items() if name != "teachers"}, indent=1))

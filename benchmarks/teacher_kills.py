@@ -12,15 +12,13 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
-import platform
 import sys
 import tempfile
 import time
 from dataclasses import asdict
-from datetime import UTC, datetime
 from pathlib import Path
 
+from benchmarks.provenance import provenance
 from benchmarks.teacher_load import serving
 from tests.teacher_server.kills import CONCURRENCY, N, kill_and_restart
 
@@ -39,9 +37,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder, serving(latency_s=LATENCY_S) as server:
         found = kill_and_restart(Path(folder), server.port, rows=ROWS, kills=kills, seed=SEED, in_start_up=kills // 5)
     report = {
-        "date": datetime.now(UTC).date().isoformat(),
-        "machine": f"{platform.machine()}, {os.cpu_count()} cores",
-        "python": platform.python_version(),
+        **provenance(),
         "latency_s": LATENCY_S,
         "seed": SEED,
         "samples_per_request": N,

@@ -27,7 +27,6 @@ import asyncio
 import hashlib
 import json
 import os
-import platform
 import statistics
 import subprocess
 import sys
@@ -37,11 +36,11 @@ import urllib.request
 from collections.abc import Awaitable, Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+from benchmarks.provenance import provenance
 from omniopd.teachers.base import ContinuationRequest
 from omniopd.teachers.continuation import continuation_messages
 from omniopd.teachers.resolve import open_teacher
@@ -339,9 +338,7 @@ def _write(results: list[dict[str, Any]], seconds: float) -> None:
     packages = ("openai", "httpx2", "aiohttp")
     RESULT.parent.mkdir(exist_ok=True)
     report = {
-        "date": datetime.now(UTC).date().isoformat(),
-        "machine": f"{platform.machine()}, {os.cpu_count()} cores",
-        "python": platform.python_version(),
+        **provenance(),
         "packages": {name: version(name) for name in packages},
         "latency_s": LATENCY_S,
         "wall_seconds": round(seconds),

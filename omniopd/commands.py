@@ -149,6 +149,7 @@ def score(args: argparse.Namespace) -> int:
 def describe_scores(summary: ScoreSummary) -> str:
     """Return what scoring a file came to, for a person."""
     from omniopd.progress import format_seconds, format_usd
+    from omniopd.score_file import LOST
 
     resumed = f", {summary.rows_resumed:,} of them from an earlier call" if summary.rows_resumed else ""
     mean = "none" if summary.mean_score is None else f"{summary.mean_score:.3f}"
@@ -157,7 +158,7 @@ def describe_scores(summary: ScoreSummary) -> str:
         lines.append(
             "without a score: " + ", ".join(f"{count} {why}" for why, count in sorted(summary.missing.items()))
         )
-    if any(summary.missing.get(why) for why in ("failed", "timeout")):
+    if any(summary.missing.get(why) for why in LOST):
         lines.append("requests failed: the same command with --retry-failed asks for those rows again")
     usage = summary.usage
     lines.append(

@@ -8,9 +8,18 @@ from collections import deque
 from collections.abc import AsyncGenerator, Callable, Coroutine, Iterable
 from concurrent.futures import Future, wait
 from functools import partial
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 R = TypeVar("R")
+
+
+async def all_done(work: Iterable[Coroutine[Any, Any, R]]) -> list[R]:
+    """Await all at once, then raise the first error: what is under way ends before anybody hears of it."""
+    results = await asyncio.gather(*work, return_exceptions=True)
+    for result in results:
+        if isinstance(result, BaseException):
+            raise result
+    return cast("list[R]", results)
 
 
 async def in_order(

@@ -26,6 +26,7 @@ from omniopd.spending import (
     describe_calls,
     instruction_tokens,
     likely_transport,
+    teacher_tokenizer,
 )
 from omniopd.teachers.cards import Transport
 from omniopd.teachers.continuation import ASKED, continuation_messages, sent_prefix
@@ -196,7 +197,7 @@ def _teacher_prompt(config: RunConfig, method: Method, messages: Sequence[Messag
     if transport == "prefill":
         opened = Message(role="assistant", content=sent_prefix(PLACEHOLDER))
         return ["The teacher reads (messages, the last one left open):", _indented(_turns([*messages, opened]))]
-    served = config.teacher.tokenizer or config.teacher.serve
+    served = teacher_tokenizer(config.teacher)
     if served is None:
         raise ConfigError(
             "teacher.continuation is completions, and nothing says how to write a conversation as raw text; set "
@@ -230,10 +231,8 @@ def estimate(config: RunConfig) -> str:
 
 
 def _describe_calls(config: RunConfig, method: Method, dataset: Dataset | None, prompts: Sequence[Prompt]) -> str:
-    sent = 0
-    if method.needs_text_teacher:
-        sent = _prompt_tokens(dataset, prompts) + instruction_tokens(method, _transport(config))
     way = _transport(config) if method.needs_text_teacher else ""
+    sent = _prompt_tokens(dataset, prompts) + instruction_tokens(method, way) if way else 0
     return describe_calls(config, method, prompt_tokens=sent, transport=way, is_assumed=dataset is None)
 
 

@@ -17,7 +17,7 @@ from omniopd.method import ChunkedSettings, Method
 from omniopd.types import Value
 
 if TYPE_CHECKING:
-    from omniopd.teachers.cards import Card, ModelPrice
+    from omniopd.teachers.cards import Card
     from omniopd.teachers.probe import ProbeResult
     from omniopd.teachers.resolve import Target
 
@@ -150,27 +150,20 @@ def estimate_run(
     seconds, source = _seconds(config, card, low, high, found.seconds if found else None, at_once)
     price = target.price
     return Estimate(
-        teacher=f"{card.id}:{target.spec.model}",
+        teacher=target.teacher_id,
         steps=config.steps,
         low=low,
         high=high,
-        usd=None if price is None else (cost_usd(low, price), highest_cost_usd(high, price)),
+        usd=None
+        if price is None
+        else (
+            price.cost_usd(low.input_tokens, low.output_tokens),
+            price.highest_cost_usd(high.input_tokens, high.output_tokens),
+        ),
         price_source=target.found_price.source if target.found_price else None,
         seconds=seconds,
         seconds_source=source,
     )
-
-
-def cost_usd(calls: Calls, price: ModelPrice) -> float:
-    """Price the calls, nothing coming from the provider's prompt cache."""
-    return price.cost_usd(calls.input_tokens, calls.output_tokens)
-
-
-def highest_cost_usd(calls: Calls, price: ModelPrice) -> float:
-    """Price the calls in the worst case: all input written into a cache that bills that."""
-    return (
-        calls.input_tokens * price.highest_input_usd_per_mtok + calls.output_tokens * price.output_usd_per_mtok
-    ) / 1e6
 
 
 def chunk_shape(method: Method) -> tuple[int, int]:

@@ -7,14 +7,14 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any
 
 from omniopd.config import DataConfig, RunConfig, TeacherConfig
 from omniopd.errors import ConfigError, TeacherResponseError
 from omniopd.method import Method
-from omniopd.models import foreign_tokens, load_tokenizer, reads_alike, resolve_model, room_for_prompts
+from omniopd.models import foreign_tokens, load_tokenizer, resolve_model, room_for_prompts
 from omniopd.run_folder import RunFolder, read_json, write_json_atomic
-from omniopd.spending import probe_cache, probe_key
+from omniopd.spending import probe_cache, probe_key, shares_vocabulary, teacher_tokenizer
 from omniopd.teachers.base import Teacher
 from omniopd.teachers.in_process import weights_identity
 from omniopd.teachers.metered import MeteredTeacher
@@ -22,11 +22,11 @@ from omniopd.teachers.probe import Encode, ProbeResult, probe_teacher, summarize
 from omniopd.teachers.resolve import (
     LOCAL_DIALECTS,
     Target,
-    feasible_transports,
     find_target,
     open_teacher,
     prompt_encoder,
     refuse_keys,
+    ways_to_ask,
 )
 from omniopd.types import Message, Prompt
 
@@ -118,7 +118,10 @@ def open_text_teacher(
 
     settings = config.teacher
     spec = settings.spec
-    tokenizer_path = Path(resolve_model(settings.tokenizer)) if settings.tokenizer is not None else None
+    tokenizer = teacher_tokenizer(settings)
+    tokenizer_path = None if tokenizer is None else Path(resolve_model(tokenizer))
+    # What the run serves itself comes back on another port, and is the same only with the same weights.
+    address = None
     if settings.serve is not None:
         from omniopd.teachers.local_server import LocalTeacherServer
 
@@ -126,13 +129,9 @@ def open_text_teacher(
         server = LocalTeacherServer(Path(model), log=folder.teacher_server_log, threads=config.threads)
         stack.enter_context(server)
         spec = f"{spec}@{server.base_url}"
-        tokenizer_path = tokenizer_path or Path(model)
+        address = f"served:{weights_identity(model)}"
     target = find_target(spec, price=settings.price)
-    may_share = settings.continuation in ("auto", "tokens") and "tokens" in target.card.can.continuations
-    shares = may_share and tokenizer_path is not None and reads_alike(config.student.model, str(tokenizer_path))
-
-    # What the run serves itself comes back on another port, and is the same only with the same weights.
-    address = None if settings.serve is None else f"served:{weights_identity(resolve_model(settings.serve))}"
+    shares = shares_vocabulary(config, target)
 
     def open_as(continuation: str, *, remembers: bool = True) -> Teacher:
         return open_teacher(
@@ -160,12 +159,10 @@ def open_text_teacher(
 
     continuation: str = settings.continuation
     if settings.probe and target.card.dialect not in LOCAL_DIALECTS:
-        asyncio.run(
-            open_as(continuation).aclose()
-        )  # Says at once what no server is needed for: a missing key, a way that is not possible.
-        ways = feasible_transports(target.card, has_tokenizer=tokenizer_path is not None, shares_vocabulary=shares)
-        if continuation != "auto":
-            ways = (cast("Transport", continuation),)
+        # Says at once what no server is needed for: a missing key, a way that is not possible.
+        asyncio.run(open_as(continuation).aclose())
+        has_tokenizer = tokenizer_path is not None
+        ways = ways_to_ask(target, continuation, has_tokenizer=has_tokenizer, shares_vocabulary=shares)
         encode = prompt_encoder(tokenizer_path) if tokenizer_path is not None and "tokens" in ways else None
         try_as = partial(open_as, remembers=False)
         result = _earlier_probe(folder, ways) or _probe(try_as, ways, target, spec, settings, encode)
@@ -197,9 +194,10 @@ def _probe(
     cache, key = probe_cache(target), probe_key(settings, target)
     result = cache.find(key) if cache else None
     if result is None or result.chosen not in ways:
-        teacher_id = f"{target.card.id}:{target.spec.model}"
         asks_for_n = target.card.can.n
-        result = asyncio.run(probe_teacher(open_as, ways, teacher_id=teacher_id, asks_for_n=asks_for_n, encode=encode))
+        result = asyncio.run(
+            probe_teacher(open_as, ways, teacher_id=target.teacher_id, asks_for_n=asks_for_n, encode=encode)
+        )
         if cache and result.chosen:
             cache.add(key, result)
     return result
@@ -248,17 +246,17 @@ def check_text_teacher(
             max_attempts=2,
         )
 
-    ways: tuple[Transport, ...] = ("prefill",)
-    if target.card.dialect not in LOCAL_DIALECTS:
-        has_tokenizer = tokenizer is not None
-        ways = feasible_transports(target.card, has_tokenizer=has_tokenizer, shares_vocabulary=has_tokenizer)
-        if continuation != "auto":
-            ways = (cast("Transport", continuation),)
+    open_way: Callable[[str], Teacher] = open_as
+    has_tokenizer = tokenizer is not None
+    ways = ways_to_ask(target, continuation, has_tokenizer=has_tokenizer, shares_vocabulary=has_tokenizer)
+    if target.card.dialect in LOCAL_DIALECTS:
+        # There is one way to ask what has no wire, whatever it is called.
+        ways, open_way = ("prefill",), lambda way: open_as("auto")
     return asyncio.run(
         probe_teacher(
-            open_as if target.card.dialect not in LOCAL_DIALECTS else lambda way: open_as("auto"),
+            open_way,
             ways,
-            teacher_id=f"{target.card.id}:{target.spec.model}",
+            teacher_id=target.teacher_id,
             asks_for_n=target.card.can.n,
             encode=prompt_encoder(tokenizer) if tokenizer is not None else None,
             is_thorough=True,

@@ -22,12 +22,14 @@ from omniopd.chunking import num_words
 from omniopd.errors import ConfigError, DataError, RunError, TeacherConnectionError, TeacherError
 from omniopd.responses import as_messages
 from omniopd.rewards import ChunkRewards
-from omniopd.run_folder import write_json_atomic
+from omniopd.run_folder import write_json_atomic, write_text_atomic
 from omniopd.teachers.shaping import SHAPING_OPTIONS, lasting_spec
 from omniopd.types import Missing, Usage, Value
 
 OUTAGE_ROWS = 32
 """So many rows in a row without one answer are an outage: rows on file as failed would not be asked again."""
+LOST = (Missing.FAILED, Missing.TIMEOUT)
+"""Why a chunk has no score although the same request may have an answer tomorrow."""
 LAST_ROWS = 3
 """So many at the end are an outage too; fewer may be rows that no teacher can answer."""
 
@@ -249,8 +251,7 @@ def _retry_failed(output: Path, rewarder: ChunkRewarder, *, keep_continuations: 
     """Score the rows again in which a request failed, and put the file back as a whole."""
     lines = output.read_bytes().split(b"\n")[:-1]
     written = [_parse(line, f"{output}:{number}") for number, line in enumerate(lines, 1)]
-    lost = (Missing.FAILED.value, Missing.TIMEOUT.value)
-    again = [i for i, row in enumerate(written) if any(chunk["missing"] in lost for chunk in row["chunks"])]
+    again = [i for i, row in enumerate(written) if any(chunk["missing"] in LOST for chunk in row["chunks"])]
     rows = [written[i] for i in again]
     rewards = rewarder.score(
         [row["prompt"] for row in rows],
@@ -259,20 +260,12 @@ def _retry_failed(output: Path, rewarder: ChunkRewarder, *, keep_continuations: 
     )
     for i, row, new in zip(again, rows, rewards, strict=True):
         lines[i] = _line({**row, "chunks": _chunk_objects(new, keep_continuations)}).encode().rstrip(b"\n")
-    beside = output.with_name(f"{output.name}.new")
-    try:
-        with beside.open("wb") as file:
-            file.write(b"".join(line + b"\n" for line in lines))
-            file.flush()
-            os.fsync(file.fileno())
-        beside.replace(output)
-    except OSError as error:
-        raise RunError(f"cannot write {beside}: {error.strerror}; free the disk and run the same again") from error
+    write_text_atomic(output, b"".join(line + b"\n" for line in lines).decode())
 
 
 def _failed(rewards: ChunkRewards) -> bool:
     """Say whether not one answer came. A row without chunks says nothing either way."""
-    return bool(rewards.chunks) and all(chunk.missing in (Missing.FAILED, Missing.TIMEOUT) for chunk in rewards.chunks)
+    return bool(rewards.chunks) and all(chunk.missing in LOST for chunk in rewards.chunks)
 
 
 @contextmanager
@@ -291,9 +284,9 @@ def _writing(output: Path, settings: Path, wanted: Mapping[str, Any], *, is_new:
         try:
             if is_new:
                 file.truncate(0)
-            write_json_atomic(settings, dict(wanted))
         except OSError as error:
-            raise RunError(f"cannot write {settings}: {error.strerror}; give another output file") from error
+            raise RunError(f"cannot write {output}: {error.strerror}; give another output file") from error
+        write_json_atomic(settings, dict(wanted))
         yield file
 
 

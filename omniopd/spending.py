@@ -90,15 +90,25 @@ def likely_transport(config: RunConfig, target: Target) -> Transport:
     if target.card.dialect in LOCAL_DIALECTS:
         # A stand-in has no wire: it takes the messages and the open answer as they are.
         return "prefill"
-    tokenizer = config.teacher.tokenizer or config.teacher.serve
-    may_share = tokenizer is not None and "tokens" in target.card.can.continuations
     return pick_transport(
         target.card,
         config.teacher.continuation,
-        has_tokenizer=tokenizer is not None,
-        shares_vocabulary=may_share and reads_alike(config.student.model, str(tokenizer)),
+        has_tokenizer=teacher_tokenizer(config.teacher) is not None,
+        shares_vocabulary=shares_vocabulary(config, target),
         is_card_host=target.is_card_host,
     )
+
+
+def teacher_tokenizer(settings: TeacherConfig) -> str | None:
+    """Return the folder or name of the teacher's tokenizer, if the run says what it is."""
+    return settings.tokenizer or settings.serve
+
+
+def shares_vocabulary(config: RunConfig, target: Target) -> bool:
+    """Say whether the student's token ids can be handed over. Loads both tokenizers where that is a question."""
+    tokenizer = teacher_tokenizer(config.teacher)
+    is_wanted = config.teacher.continuation in ("auto", "tokens") and "tokens" in target.card.can.continuations
+    return is_wanted and tokenizer is not None and reads_alike(config.student.model, tokenizer)
 
 
 def spending_notice(config: RunConfig) -> str | None:
@@ -157,7 +167,7 @@ def probe_cache(target: Target) -> ProbeCache | None:
 def probe_key(settings: TeacherConfig, target: Target) -> list[object]:
     """Return all that shapes what a probe finds, besides the day."""
     return [
-        f"{target.card.id}:{target.spec.model}",
+        target.teacher_id,
         target.spec.base_url,
         settings.continuation,
         settings.tokenizer,

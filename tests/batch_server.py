@@ -10,10 +10,11 @@ import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from types import TracebackType
-from typing import Any, Self
+from http.server import BaseHTTPRequestHandler
+from typing import Any
 from urllib.parse import parse_qs, urlsplit
+
+from loopback import ThreadedServer
 
 Answer = Callable[[dict[str, Any]], dict[str, Any]]
 """From a request's body to `{"body": ...}`, `{"error": ...}` or `{"expired": True}`."""
@@ -34,7 +35,7 @@ class Batch:
     """OpenAI: the lines of the input file."""
 
 
-class BatchServer:
+class BatchServer(ThreadedServer):
     """The server. What it is told to do wrong it does once for each entry of `faults`.
 
     Args:
@@ -57,29 +58,12 @@ class BatchServer:
         self.results_url: str | None = None
         """Where Anthropic's results are said to be, instead of here."""
         self._lock = threading.Lock()
-        self._server = ThreadingHTTPServer(("127.0.0.1", 0), self._handler())
-        self._server.daemon_threads = True
-        self._thread = threading.Thread(target=self._server.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True)
-
-    @property
-    def base_url(self) -> str:
-        return f"http://127.0.0.1:{self._server.server_port}/v1"
+        super().__init__(self._handler())
 
     @property
     def bodies(self) -> list[dict[str, Any]]:
         """What was bought: the bodies of all requests of all batches."""
         return [body for batch in self.batches.values() for _, body in batch.requests]
-
-    def __enter__(self) -> Self:
-        self._thread.start()
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
-        self._server.shutdown()
-        self._server.server_close()
-        self._thread.join()
 
     def add(self, requests: list[tuple[str, dict[str, Any]]], **settings: Any) -> Batch:
         """Take a batch."""

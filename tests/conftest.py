@@ -8,7 +8,7 @@ import socket
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 # Read once, when the libraries are imported.
 os.environ.update(
@@ -22,6 +22,9 @@ os.environ.update(
 import pytest
 
 from omniopd.worlds.mini_math import model_path
+
+if TYPE_CHECKING:
+    from omniopd.generation import Sampler
 
 _LOOPBACK = ("localhost", "127.0.0.1", "::1", "0.0.0.0", "::", "")
 
@@ -91,3 +94,11 @@ def student_folder() -> Path:
 def teacher_folder() -> Path:
     """The mini-math teacher."""
     return _model("teacher")
+
+
+@pytest.fixture(scope="module")
+def sampler(teacher_folder: Path) -> Sampler:
+    """The teacher as `omniopd serve` holds it."""
+    from omniopd.generation import load_sampler
+
+    return load_sampler(teacher_folder, device="cpu", dtype="float32")

@@ -68,15 +68,10 @@ def error(status: int, message: str, *, code: str | None = None, headers: Mappin
     return Scripted(status=status, body={"error": {"message": message, "code": code}}, headers=headers or {})
 
 
-class Loopback:
-    """The server. `script` is a list that is used up in order, its last entry again and again, or a function."""
+class ThreadedServer:
+    """An HTTP server on a free port of this machine, in a thread for the length of a `with` block."""
 
-    def __init__(self, script: Sequence[Scripted] | Callable[[Received], Scripted]) -> None:
-        self._script = script
-        self._lock = threading.Lock()
-        self.received: list[Received] = []
-        self.in_flight = 0
-        self.most_in_flight = 0
+    def __init__(self, handler: type[BaseHTTPRequestHandler]) -> None:
         self._server = ThreadingHTTPServer(("127.0.0.1", 0), self._handler())
         self._server.daemon_threads = True
         self._thread = threading.Thread(target=self._server.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True)
@@ -95,6 +90,18 @@ class Loopback:
         self._server.shutdown()
         self._server.server_close()
         self._thread.join()
+
+
+class Loopback(ThreadedServer):
+    """The server. `script` is a list that is used up in order, its last entry again and again, or a function."""
+
+    def __init__(self, script: Sequence[Scripted] | Callable[[Received], Scripted]) -> None:
+        self._script = script
+        self._lock = threading.Lock()
+        self.received: list[Received] = []
+        self.in_flight = 0
+        self.most_in_flight = 0
+        super().__init__(self._handler())
 
     def _next(self, received: Received) -> Scripted:
         with self._lock:

@@ -3,24 +3,21 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import json
 import os
 import shutil
-import socket
 import subprocess
 import sys
 import threading
-import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-import uvicorn
 from safetensors.torch import load_file, save_file
 
+from app_server import serving
 from omniopd.errors import ConfigError, RolloutError, TeacherBudgetError, TeacherCapabilityError
 from omniopd.generation import Sampler, SampleRequest, load_sampler
 from omniopd.serving.app import build_app
@@ -78,31 +75,12 @@ class Counter:
         return self.receipts[-1]
 
 
-@pytest.fixture(scope="module")
-def sampler(teacher_folder: Path) -> Sampler:
-    return load_sampler(teacher_folder, device="cpu", dtype="float32")
-
-
-@contextlib.contextmanager
-def serving(sampler: Sampler) -> Iterator[str]:
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        app = build_app(sampler, sampler.tokenizer, "teacher", max_context_tokens=256)
-        server = uvicorn.Server(uvicorn.Config(app, log_level="warning"))
-        thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]})
-        thread.start()
-        while not server.started:
-            time.sleep(0.01)
-        yield f"http://127.0.0.1:{listener.getsockname()[1]}/v1"
-        server.should_exit = True
-        thread.join()
-
-
 @pytest.mark.parametrize("sampling", [{"temperature": 4.0}, {"temperature": 4.0, "top_p": 0.9}])
 def test_the_texts_are_those_of_a_server(sampler: Sampler, teacher_folder: Path, sampling: dict[str, float]) -> None:
     requests = [request(f"{10 + i}+37-19", ("", f"{10 + i}+37=")[i % 2], seed=i, n=3) for i in range(5)]
     ours = ask(open_hf(teacher_folder, **sampling), requests)
-    with serving(sampler) as url:
+    app = build_app(sampler, sampler.tokenizer, "teacher", max_context_tokens=256)
+    with serving(app) as url:
         theirs = ask(open_teacher(f"local:teacher@{url}", tokenizer_path=teacher_folder, **sampling), requests)
     assert texts(ours) == texts(theirs)
     assert [[c.finish_reason for c in a.continuations] for a in ours] == [

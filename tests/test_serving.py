@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import copy
 import json
 import os
@@ -21,11 +20,10 @@ from typing import Any
 
 import openai
 import pytest
-import uvicorn
-from starlette.applications import Starlette
 
+from app_server import serving
 from omniopd.errors import ConfigError, RolloutError, TeacherConnectionError, TeacherTimeoutError
-from omniopd.generation import Sample, Sampler, SampleRequest, load_sampler
+from omniopd.generation import Sample, Sampler, SampleRequest
 from omniopd.serving.app import build_app, serve
 from omniopd.serving.batcher import Batcher
 from omniopd.teachers.base import ContinuationRequest
@@ -34,25 +32,6 @@ from omniopd.teachers.resolve import open_teacher
 from omniopd.types import FinishReason, Message
 
 PROMPT = "Q:48+37-19?"
-
-
-@pytest.fixture(scope="module")
-def sampler(teacher_folder: Path) -> Sampler:
-    return load_sampler(teacher_folder, device="cpu", dtype="float32")
-
-
-@contextlib.contextmanager
-def serving(app: Starlette) -> Iterator[str]:
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        server = uvicorn.Server(uvicorn.Config(app, log_level="warning"))
-        thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]})
-        thread.start()
-        while not server.started:
-            time.sleep(0.01)
-        yield f"http://127.0.0.1:{listener.getsockname()[1]}/v1"
-        server.should_exit = True
-        thread.join()
 
 
 @pytest.fixture(scope="module")

@@ -56,6 +56,14 @@ def normalize_(logits_bV: Tensor, *, probs: Tensor) -> None:
     logits_bV.sub_(total_b1.log_())
 
 
+def normalize_pair_(student_bV: Tensor, teacher_bV: Tensor, scratch: Scratch) -> tuple[Tensor, Tensor]:
+    """Turn both logits into log-probabilities in place, and return the probabilities in the first two buffers."""
+    s_bV, t_bV = scratch.take(2, len(student_bV))
+    normalize_(student_bV, probs=s_bV)
+    normalize_(teacher_bV, probs=t_bV)
+    return s_bV, t_bV
+
+
 @dataclass(frozen=True, slots=True)
 class ForwardKL:
     """KL(T || S) = sum T (log T - log S), gradient S - T."""
@@ -64,9 +72,7 @@ class ForwardKL:
         self, student_bV: Tensor, teacher_bV: Tensor | None, rows: slice, scratch: Scratch, *, gradient: bool
     ) -> Tensor:
         assert teacher_bV is not None
-        s_bV, t_bV = scratch.take(2, len(student_bV))
-        normalize_(student_bV, probs=s_bV)
-        normalize_(teacher_bV, probs=t_bV)
+        s_bV, t_bV = normalize_pair_(student_bV, teacher_bV, scratch)
         values_b = teacher_bV.sub_(student_bV).mul_(t_bV).sum(-1)
         if gradient:
             torch.sub(s_bV, t_bV, out=student_bV)
@@ -81,9 +87,7 @@ class ReverseKL:
         self, student_bV: Tensor, teacher_bV: Tensor | None, rows: slice, scratch: Scratch, *, gradient: bool
     ) -> Tensor:
         assert teacher_bV is not None
-        s_bV, t_bV = scratch.take(2, len(student_bV))
-        normalize_(student_bV, probs=s_bV)
-        normalize_(teacher_bV, probs=t_bV)
+        s_bV, _ = normalize_pair_(student_bV, teacher_bV, scratch)
         student_bV.sub_(teacher_bV).mul_(s_bV)
         values_b1 = student_bV.sum(-1, keepdim=True)
         if gradient:
@@ -106,9 +110,8 @@ class JensenShannon:
         self, student_bV: Tensor, teacher_bV: Tensor | None, rows: slice, scratch: Scratch, *, gradient: bool
     ) -> Tensor:
         assert teacher_bV is not None
-        s_bV, t_bV, mixture_bV = scratch.take(3, len(student_bV))
-        normalize_(student_bV, probs=s_bV)
-        normalize_(teacher_bV, probs=t_bV)
+        s_bV, t_bV = normalize_pair_(student_bV, teacher_bV, scratch)
+        _, _, mixture_bV = scratch.take(3, len(student_bV))  # The first two are those of the pair.
         torch.lerp(s_bV, t_bV, self.beta, out=mixture_bV)
         # Where both underflow, 0 (log 0 - log 0) must be 0.
         mixture_bV.clamp_(min=torch.finfo(mixture_bV.dtype).tiny).log_()

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from omniopd.errors import ConfigError
+from omniopd.logits.estimators import LOWERS, estimate
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -243,7 +244,7 @@ class SampledToken(TeacherDivergence):
                 "the teacher drops out; use k1 as an advantage with method.supervision={type: logprob, objective: "
                 "sampled}, or estimator: k2, which has the gradient of the reverse KL"
             )
-        lowers = {"k2": "reverse_kl", "k3": "forward_kl", "abs": "total_variation"}[self.estimator]
+        lowers = LOWERS[self.estimator, "direct"]
         if self.aim != lowers:
             value = " (only its value is)" if self.estimator == "k3" and self.aim == "reverse_kl" else ""
             raise ConfigError(
@@ -255,10 +256,7 @@ class SampledToken(TeacherDivergence):
     def __call__(self, tokens: TokenSlice) -> Tensor:
         assert tokens.reference_logprobs_NV is not None
         teacher = tokens.reference_logprobs_NV.gather(-1, tokens.token_ids_N[:, None]).squeeze(-1)
-        d = tokens.token_logprobs_N - teacher
-        if self.estimator == "abs":
-            return d.abs()
-        return 0.5 * d * d if self.estimator == "k2" else (-d).expm1() + d
+        return estimate(self.estimator, tokens.token_logprobs_N, teacher)
 
 
 DIVERGENCES: Mapping[str, type[Any]] = {

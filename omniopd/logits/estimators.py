@@ -223,17 +223,18 @@ def check_estimator(
         _check_top_k(how, aim, top_k, form)
     elif name not in ESTIMATORS:
         raise ConfigError(f"there is no estimator {name!r}; there are {', '.join(ESTIMATORS)}, top_k_reverse_kl")
-    elif _LOWERS.get((name, how)) != aim:
-        right = " or ".join(f"{n} as {h}" for (n, h), lowered in _LOWERS.items() if lowered == aim)
+    elif LOWERS.get((name, how)) != aim:
+        right = " or ".join(f"{n} as {h}" for (n, h), lowered in LOWERS.items() if lowered == aim)
         raise ConfigError(f"{name} as {how} does not lower the {aim}: {_REASONS[name, how]}; use {right or 'none'}")
 
 
-_LOWERS: Mapping[tuple[str, str], str] = {
+LOWERS: Mapping[tuple[str, str], str] = {
     ("k1", "advantage"): "reverse_kl",
     ("k2", "direct"): "reverse_kl",
     ("k3", "direct"): "forward_kl",
     ("abs", "direct"): "total_variation",
 }
+"""Which divergence falls by which use of which estimator; every other use lowers none."""
 _REASONS: Mapping[tuple[str, str], str] = {
     ("k1", "advantage"): "its expected gradient is that of the reverse KL",
     ("k1", "direct"): "the teacher is a constant in d, and the expected gradient of log P is 0",

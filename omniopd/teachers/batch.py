@@ -11,12 +11,13 @@ import json
 import secrets
 import time
 import weakref
-from collections.abc import Coroutine, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Protocol
 
+from omniopd.concurrency import all_done
 from omniopd.errors import ConfigError, TeacherCapabilityError
 from omniopd.teachers.base import Bound, ContinuationRequest, Order, Reply, TeacherAnswer, Till
 from omniopd.teachers.batch_endpoints import AnthropicBatches, BatchEndpoint, OpenAIBatches, Outcome
@@ -24,6 +25,7 @@ from omniopd.teachers.batch_journal import Intent, Journal
 from omniopd.teachers.batch_waiting import EndedBatch, PatientEndpoint, Progress, Sleep
 from omniopd.teachers.cards import Card, ModelPrice, Transport
 from omniopd.teachers.dialects.base import Ask, Dialect, HttpCall, Parsed
+from omniopd.teachers.plan import priced
 from omniopd.types import Continuation, Missing, Usage
 
 _ENDPOINTS: Mapping[str, type[OpenAIBatches] | type[AnthropicBatches]] = {
@@ -251,7 +253,7 @@ class BatchTeacher:
         )
         try:
             if till is not None:
-                await _all(self._order(job, item, till) for job in jobs for item in job.items)
+                await all_done(self._order(job, item, till) for job in jobs for item in job.items)
             async with endpoint:
                 async with self._submits.setdefault(asyncio.get_running_loop(), asyncio.Lock()):
                     for intent in self._batches(jobs):
@@ -262,7 +264,7 @@ class BatchTeacher:
                     async for batch in batches:
                         await self._deliver(jobs, batch)
         finally:
-            await _all(order.settle((), Usage(cost_usd=0.0), 0.0) for job in jobs for order in job.orders.values())
+            await all_done(order.settle((), Usage(cost_usd=0.0), 0.0) for job in jobs for order in job.orders.values())
 
     async def _order(self, job: _Job, item: _Item, till: Till) -> None:
         job.orders[item.id] = await till.order(self._plan.bound(item.ask, self._price))
@@ -317,7 +319,7 @@ class BatchTeacher:
                 complete.append(job)
         seconds = max(0.0, time.time() - intent.time)
         try:
-            await _all(self._settle(job, seconds) for job in complete)
+            await all_done(self._settle(job, seconds) for job in complete)
         finally:
             self._journal.settled([item.id for job in complete if job.answer is not None for item in job.items])
 
@@ -332,7 +334,7 @@ class BatchTeacher:
             failures |= dict.fromkeys(item.samples, failure)
         orders, job.orders = job.orders, {}
         # All samples with the first bill: a crash between two bills must not leave half a request to be asked anew.
-        await _all(
+        await all_done(
             orders[item.id].settle(replies if item is job.items[0] else (), bill, seconds)
             for item, bill in zip(job.items, bills, strict=True)
             if orders
@@ -361,24 +363,7 @@ class BatchTeacher:
         return replies, self._billed(parsed.usage), lacking
 
     def _billed(self, usage: Usage | None) -> Usage:
-        if usage is None:
-            return Usage(requests=1)
-        if usage.cost_usd is not None or self._price is None:
-            return usage
-        cost = self._price.cost_usd(
-            usage.input_tokens,
-            usage.output_tokens,
-            cached_input_tokens=usage.cached_input_tokens,
-            cache_write_tokens=usage.cache_write_tokens,
-        )
-        return replace(usage, cost_usd=cost)
-
-
-async def _all(work: Iterable[Coroutine[Any, Any, None]]) -> None:
-    """Await all, then raise the first error. At once, since a ledger writes many entries with one sync."""
-    for result in await asyncio.gather(*work, return_exceptions=True):
-        if isinstance(result, BaseException):
-            raise result
+        return Usage(requests=1) if usage is None else priced(usage, self._price)
 
 
 def discounted(price: ModelPrice) -> ModelPrice:

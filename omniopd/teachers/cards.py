@@ -113,6 +113,10 @@ class ModelPrice(_Part):
         inputs = plain * self.input_usd_per_mtok + cached_input_tokens * read + cache_write_tokens * write
         return (inputs + output_tokens * self.output_usd_per_mtok) / 1e6
 
+    def highest_cost_usd(self, input_tokens: int, output_tokens: int) -> float:
+        """Price tokens in the worst case: all input written into a cache that bills that."""
+        return (input_tokens * self.highest_input_usd_per_mtok + output_tokens * self.output_usd_per_mtok) / 1e6
+
     @property
     def highest_input_usd_per_mtok(self) -> float:
         """The price of an input token in the worst case."""

@@ -198,11 +198,8 @@ class HFTeacher:
         )
 
     def _reply(self, job: _Job, index: int, sample: Sample) -> Reply:
-        prefix = job.request.prefix
-        if self._transport == "tokens":
-            prefix = sent_prefix(prefix)  # Its last whitespace was not held back, so none may be taken off the head.
         continuation = clean_continuation(
-            prefix, sample.text, transport=self._transport, finish_reason=sample.finish_reason.value
+            job.request.prefix, sample.text, transport=self._transport, finish_reason=sample.finish_reason.value
         )
         return Reply(position=job.position, sample=index, raw=sample.text, continuation=continuation)
 

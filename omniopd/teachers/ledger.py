@@ -158,8 +158,9 @@ class Ledger:
     async def order(
         self, bound: Bound, *, teacher_id: str, budget: Budget = UNLIMITED, max_wait_s: float = PATIENCE_S
     ) -> Ordered:
-        """Reserve the bound for one HTTP request, against all that was ever spent and all that is under way anywhere.
+        """Reserve the bound for one HTTP request, against all that was ever spent and all that others have reserved.
 
+        Without a limit there is nothing to reserve: the request is noted as under way, and counts once it is settled.
         Waits for a while if the budget covers what is spent but not what is under way besides: bounds are high, and
         most answers turn out cheaper.
 
@@ -271,9 +272,8 @@ class Ledger:
         for wish in wishes:
             order = wish.order
             try:
-                if wish.budget.is_limited:
-                    insert_rows(db, INSERT_ORDERS, rows)  # Those before it are under way as well.
-                    rows.clear()
+                insert_rows(db, INSERT_ORDERS, rows)  # Those before it are under way as well.
+                rows.clear()
                 is_covered.append(self._covers(wish, db))
             except OmniOPDError as error:
                 is_covered.append(error)
@@ -284,8 +284,6 @@ class Ledger:
         return is_covered
 
     def _covers(self, wish: Wish, db: sqlite3.Connection) -> bool:
-        if not wish.budget.is_limited:
-            return True
         covers = partial(wish.budget.covers, wish.order.bound, teacher_id=wish.order.teacher_id)
         may_wait = time.monotonic() < wish.deadline
         if covers(self._funds.read(db), may_wait=may_wait):

@@ -15,7 +15,6 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from omniopd.errors import RunError
-from omniopd.teachers.base import Bound
 from omniopd.teachers.ledger_entries import Ordered
 
 _SUFFIX = ".orders"
@@ -109,8 +108,3 @@ def _open_orders(text: str) -> list[Note]:
             for number in entry:
                 notes.pop(number, None)
     return list(notes.values())
-
-
-def bound_of(note: Note) -> Bound:
-    """Return the most that a noted order can cost."""
-    return Bound(tokens=note[3], usd=note[4])

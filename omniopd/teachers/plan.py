@@ -182,9 +182,7 @@ class Plan:
         sent += sum(len(prompt.encode("utf-8", "replace")) for prompt in ask.prompts)
         inputs = sent + _FRAME_TOKENS
         outputs = ask.max_tokens * ask.n * max(1, len(ask.prompts))
-        usd = None
-        if price is not None:
-            usd = (inputs * price.highest_input_usd_per_mtok + outputs * price.output_usd_per_mtok) / 1e6
+        usd = None if price is None else price.highest_cost_usd(inputs, outputs)
         return Bound(tokens=inputs + outputs, usd=usd)
 
     def reply(self, position: int, request: ContinuationRequest, sample: int, choice: Choice, usage: Usage) -> Reply:

@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Coroutine, Iterable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
+from omniopd.concurrency import all_done
 from omniopd.errors import (
     OmniOPDError,
     TeacherAuthError,
@@ -104,7 +105,7 @@ class RemoteTeacher:
         flight = Flight(till)
         self._flights.add(flight)
         try:
-            await _all(self._ask_in_turn(chain, flight) for chain in self._chains(list(wanted.values())))
+            await all_done(self._ask_in_turn(chain, flight) for chain in self._chains(list(wanted.values())))
         finally:
             self._flights.discard(flight)
         if flight.fatal is not None:
@@ -177,17 +178,17 @@ class RemoteTeacher:
 
     async def _ask_in_turn(self, chain: list[list[list[Wanted]]], flight: Flight) -> None:
         for stage in chain:
-            await _all([self._ask(group, flight) for group in stage])
+            await all_done([self._ask(group, flight) for group in stage])
 
     async def _ask(self, group: list[Wanted], flight: Flight) -> None:
         n = group[0].request.n
         size = n if self.plan.is_greedy else min(n, self._endpoint.largest_n)
         if n == 1 or size > 1:
             jobs = [self._send(group, min(size, n - first), first, flight) for first in range(0, n, size)]
-            was_rejected = any(await _all(jobs))
+            was_rejected = any(await all_done(jobs))
             if was_rejected and len(group) > 1:
                 # One prompt that is too long must not take the others with it.
-                await _all(self._ask([one], flight) for one in group)
+                await all_done(self._ask([one], flight) for one in group)
                 return
         else:
             was_rejected = False
@@ -197,7 +198,7 @@ class RemoteTeacher:
             (one, i), *deficit = deficit
             await self._send([one], 1, i, flight)
         if flight.fatal is None and deficit:
-            await _all(self._send([one], 1, i, flight) for one, i in deficit)
+            await all_done(self._send([one], 1, i, flight) for one, i in deficit)
         if was_rejected and any(c.text is not None for one in group for c in one.samples.values()):
             self._endpoint.largest_n = 1  # It was `n` that the server refused.
 
@@ -221,7 +222,9 @@ class RemoteTeacher:
         finally:
             slot.release(was_unused=True)  # Only if no attempt got so far as to release it.
         if sending.thought_too_long and flight.fatal is None:
-            await _all(self._send([one], 1, i, flight, is_second_thought=True) for one, i in sending.thought_too_long)
+            await all_done(
+                self._send([one], 1, i, flight, is_second_thought=True) for one, i in sending.thought_too_long
+            )
         return was_rejected
 
     async def _send_admitted(self, sending: Sending) -> bool:
@@ -286,12 +289,3 @@ class RemoteTeacher:
                 f"the teacher {at} cannot be reached after {fault.attempts} attempts; {plan.card.start_hint}"
             )
         return None
-
-
-async def _all(work: Iterable[Coroutine[Any, Any, Any]]) -> list[Any]:
-    """Await all, then raise the first error: what is under way has been paid for and is written down first."""
-    results = await asyncio.gather(*list(work), return_exceptions=True)
-    for result in results:
-        if isinstance(result, BaseException):
-            raise result
-    return results

@@ -156,6 +156,11 @@ class Target:
     found_price: FoundPrice | None
 
     @property
+    def teacher_id(self) -> str:
+        """`provider:model`, for records and the ledger."""
+        return f"{self.card.id}:{self.spec.model}"
+
+    @property
     def price(self) -> ModelPrice | None:
         """What the model costs; None when that is unknown, which is not free."""
         return self.found_price.price if self.found_price else None
@@ -202,7 +207,7 @@ def make_plan(
         is_card_host=target.is_card_host,
     )
     return Plan(
-        teacher_id=f"{card.id}:{spec.model}",
+        teacher_id=target.teacher_id,
         model=spec.model,
         base_url=base_url,
         address=address,
@@ -262,6 +267,15 @@ def feasible_transports(card: Card, *, has_tokenizer: bool, shares_vocabulary: b
     """Return the card's ways to hand over a partial answer that are possible here, in its order."""
     lacking = {"tokens": not shares_vocabulary, "completions": not has_tokenizer}
     return tuple(way for way in card.can.continuations if not lacking.get(way, False))
+
+
+def ways_to_ask(
+    target: Target, continuation: str, *, has_tokenizer: bool, shares_vocabulary: bool
+) -> tuple[Transport, ...]:
+    """Return the ways that a probe may try: the one that is wanted, else all that are possible."""
+    if continuation != "auto":
+        return (cast(Transport, continuation),)
+    return feasible_transports(target.card, has_tokenizer=has_tokenizer, shares_vocabulary=shares_vocabulary)
 
 
 def pick_transport(

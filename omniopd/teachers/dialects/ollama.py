@@ -10,6 +10,8 @@ from omniopd.teachers.dialects.base import Ask, Choice, HttpCall, Parsed
 from omniopd.teachers.dialects.shapes import (
     answer_object,
     as_object,
+    bearer,
+    chat_turns,
     check_ask,
     count,
     make_usage,
@@ -27,9 +29,7 @@ class OllamaDialect:
 
     def headers(self, card: Card, api_key: str | None) -> dict[str, str]:
         """Return the key's header, if there is a key; a server on this machine asks for none."""
-        if api_key is None:
-            return {}
-        return {card.key_header: api_key} if card.key_header else {"Authorization": f"Bearer {api_key}"}
+        return bearer(card, api_key)
 
     def call(self, ask: Ask, card: Card) -> HttpCall:
         """Write the request."""
@@ -43,10 +43,7 @@ class OllamaDialect:
                 )
             body |= {"prompt": ask.prompts[0], "raw": True}
             return HttpCall(path="/api/generate", body=with_card_fields(body, ask, card))
-        turns: list[dict[str, Any]] = [{"role": m.role, "content": m.content} for m in ask.messages]
-        if ask.transport == "prefill" and ask.prefix:
-            turns.append({"role": "assistant", "content": ask.prefix, **card.body.prefill_message})
-        body["messages"] = turns
+        body["messages"] = chat_turns(ask, card)
         if ask.transport == "structured" and ask.schema is not None:
             body["format"] = dict(ask.schema)
         return HttpCall(path="/api/chat", body=with_card_fields(body, ask, card))

@@ -12,6 +12,8 @@ from omniopd.teachers.dialects.shapes import (
     answer_object,
     as_list,
     as_object,
+    bearer,
+    chat_turns,
     count,
     dollars,
     make_usage,
@@ -36,9 +38,7 @@ class OpenAIDialect:
 
     def headers(self, card: Card, api_key: str | None) -> dict[str, str]:
         """Return the key's header, if there is a key."""
-        if api_key is None:
-            return {}
-        return {card.key_header: api_key} if card.key_header else {"Authorization": f"Bearer {api_key}"}
+        return bearer(card, api_key)
 
     def call(self, ask: Ask, card: Card) -> HttpCall:
         """Write the request."""
@@ -71,10 +71,11 @@ class OpenAIDialect:
         return {"model": ask.model, "prompt": prompt, "max_tokens": ask.max_tokens}
 
     def _chat(self, ask: Ask, card: Card) -> dict[str, Any]:
-        turns: list[dict[str, Any]] = [{"role": m.role, "content": m.content} for m in ask.messages]
-        if ask.transport == "prefill" and ask.prefix:
-            turns.append({"role": "assistant", "content": ask.prefix, **card.body.prefill_message})
-        body = {"model": ask.model, "messages": turns, card.output_limit_field or "max_tokens": ask.max_tokens}
+        body = {
+            "model": ask.model,
+            "messages": chat_turns(ask, card),
+            card.output_limit_field or "max_tokens": ask.max_tokens,
+        }
         if ask.transport == "structured" and ask.schema is not None:
             schema = {"name": "continuation", "strict": True, "schema": dict(ask.schema)}
             body["response_format"] = {"type": "json_schema", "json_schema": schema}

@@ -54,6 +54,21 @@ def check_ask(ask: Ask, dialect: str, transports: Sequence[Transport], *, takes_
         )
 
 
+def bearer(card: Card, api_key: str | None) -> dict[str, str]:
+    """Return the key's header: the card's own, or the usual one; nothing without a key."""
+    if api_key is None:
+        return {}
+    return {card.key_header: api_key} if card.key_header else {"Authorization": f"Bearer {api_key}"}
+
+
+def chat_turns(ask: Ask, card: Card) -> list[dict[str, Any]]:
+    """Return the conversation as OpenAI words it, with the open answer of a prefill as its last turn."""
+    turns: list[dict[str, Any]] = [{"role": m.role, "content": m.content} for m in ask.messages]
+    if ask.transport == "prefill" and ask.prefix:
+        turns.append({"role": "assistant", "content": ask.prefix, **card.body.prefill_message})
+    return turns
+
+
 def split_system(ask: Ask, dialect: str) -> tuple[str, list[tuple[str, str]]]:
     """Return the system text and the user's and assistant's turns, for APIs that keep the two apart.
 
