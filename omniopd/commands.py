@@ -336,7 +336,10 @@ def ledger_file(path: Path) -> Path:
     """Return the ledger that a path names: the file itself, or the one in a run folder. Raises ConfigError."""
     from omniopd.run_folder import RunFolder
 
-    file = RunFolder(path).ledger if path.is_dir() else path
+    ledgers = [files.ledger for files in RunFolder(path).teachers] if path.is_dir() else [path]
+    if len(ledgers) > 1:
+        raise ConfigError(f"{path} has the ledgers of several teachers; give one: {', '.join(map(str, ledgers))}")
+    file = ledgers[0] if ledgers else RunFolder(path).teacher().ledger
     if not file.is_file():
         raise ConfigError(f"there is no ledger at {file}; give a ledger file or the folder of a run")
     return file

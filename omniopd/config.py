@@ -42,11 +42,38 @@ class StudentConfig(Section):
     """A Jinja file to use instead of the tokenizer's own template."""
 
 
+class WeightsConfig(Section):
+    """How an open-weight teacher is loaded here (`hf:`)."""
+
+    device: str | None = None
+    """None: the student's."""
+    dtype: Literal["auto", "float32", "bfloat16", "float16", "float64"] | None = None
+    """None: the student's."""
+    offload: Literal["none", "cpu", "disk"] = "none"
+    """Where its layers wait for their turn. Slower, for a teacher that does not fit beside the student."""
+    quantization: Literal["none", "8bit", "4bit"] = "none"
+    """By bitsandbytes; the output layer stays as it is."""
+
+
+class ScoringConfig(Section):
+    """What a vLLM server is asked for where distributions are compared (`vllm:`)."""
+
+    max_logprobs: int = Field(default=20, ge=-1)
+    """What the server allows, its `--max-logprobs`; -1: the whole vocabulary."""
+    requested_by: Literal["search", "ids"] = "search"
+    """How log-probs of the student's tokens are got: found among the likeliest, or `ids` handed over, which needs
+    `--enable-scale-out` and vLLM's V2 model runner."""
+    tolerance: float = Field(default=0.2, gt=0)
+    """Nats by which one token's log-prob may differ alone and in a batch; float32 servers stay below 1e-4, bfloat16
+    ones below 0.1."""
+
+
 class TeacherConfig(Section):
-    """The model that is asked. Text in, text out, unless the method needs its weights."""
+    """The model that is asked. Text in, text out, unless the method compares distributions."""
 
     spec: str = "openai:gpt-4o"
-    """`provider:model[@base_url]`"""
+    """`provider:model[@base_url]`; where distributions are compared `hf:MODEL`, `vllm:MODEL@URL`, `scores:FOLDER` or
+    `states:FOLDER`."""
     serve: str | None = None
     """Start `omniopd serve` on this model folder for the length of the run and ask that."""
     continuation: Literal["auto", "tokens", "completions", "prefill", "chat", "chat-turn", "structured"] = "auto"
@@ -81,6 +108,10 @@ class TeacherConfig(Section):
     """Stop the run when a larger share of the continuations of a step is unusable."""
     extra_body: dict[str, Any] = Field(default_factory=dict)
     """Sent with every request, for server-specific fields."""
+    chat_format: Literal["student", "teacher"] = "student"
+    """Whose chat format an open-weight teacher reads the question in, where its distributions are compared."""
+    weights: WeightsConfig = WeightsConfig()
+    scoring: ScoringConfig = ScoringConfig()
 
 
 class DataConfig(Section):
@@ -183,6 +214,8 @@ class RunConfig(Section):
     trackers: list[Literal["tensorboard", "wandb", "trackio"]] = ["tensorboard"]
     student: StudentConfig
     teacher: TeacherConfig = TeacherConfig()
+    teachers: dict[str, TeacherConfig] = Field(default_factory=dict)
+    """Several teachers by name, for `method.supervision.type: routed`; then `teacher` is not used."""
     data: DataConfig
     rollout: RolloutConfig = RolloutConfig()
     method: MethodConfig = MethodConfig()

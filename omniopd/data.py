@@ -20,7 +20,7 @@ from omniopd.errors import ConfigError, DataError, MissingExtraError
 from omniopd.types import Message, Value
 
 PROMPT_COLUMNS = ("prompt", "messages")
-COLUMNS = (*PROMPT_COLUMNS, "answer", "teacher_id")
+COLUMNS = (*PROMPT_COLUMNS, "answer", "teacher_id", "domain")
 GSM8K_COLUMNS = ("question", "answer")
 GSM8K_MARK = "####"
 ROLES = ("system", "user", "assistant")
@@ -43,6 +43,9 @@ class Row(Value):
     answer: str | None = None
     """The reference answer; None when the data has none."""
     teacher_id: str | None = None
+    """Which of several teachers is to be asked."""
+    domain: str | None = None
+    """What it is about; teachers can be chosen by it."""
     response: str | None = None
     """A worked reference response: the last assistant turn of the data, or the worked solution of GSM8K."""
     source: str
@@ -79,8 +82,9 @@ def load_rows(
     Args:
         source: A .jsonl, .json, .parquet or .txt file (one question a line), `gsm8k:FILE`, `hf:OWNER/NAME[/CONFIG]`
             or a local dataset folder after `hf:`, `mini-math[?count=2000&seed=1]`, or `mini-math:held-out`.
-            Columns: `prompt` (text or chat messages) or `messages`, and optionally `answer` and `teacher_id`; other
-            columns are ignored. Rows with `question` and an `answer` that has a `#### 42` line are read as GSM8K.
+            Columns: `prompt` (text or chat messages) or `messages`, and optionally `answer`, `teacher_id` and
+            `domain`; other columns are ignored. Rows with `question` and an `answer` that has a `#### 42` line are
+            read as GSM8K.
         split: For `hf:` data only.
         max_prompts: Stop after that many usable rows.
         on_bad_row: `stop` raises at the first malformed row; `skip` leaves it out and records it.
@@ -276,7 +280,8 @@ def _row(raw: Any, place: str, *, as_gsm8k: bool) -> Row:
     return Row(
         messages=messages,
         answer=_answer(columns.get("answer")),
-        teacher_id=None if "teacher_id" not in columns else _text(columns["teacher_id"], "teacher_id"),
+        teacher_id=_named(columns, "teacher_id"),
+        domain=_domain(columns.get("domain")),
         response=response,
         source=place,
     )
@@ -302,7 +307,8 @@ def _gsm8k_row(columns: Mapping[str, Any], place: str, *, seen: Mapping[Any, Any
     return Row(
         messages=(Message(role="user", content=_text(columns["question"], "question")),),
         answer=marked[-1].strip().replace(",", ""),
-        teacher_id=None if "teacher_id" not in columns else _text(columns["teacher_id"], "teacher_id"),
+        teacher_id=_named(columns, "teacher_id"),
+        domain=_domain(columns.get("domain")),
         response=worked,
         source=place,
     )
@@ -339,6 +345,15 @@ def _text(value: Any, where: str) -> str:
     except UnicodeEncodeError:
         raise _BadRow(f"column {where!r} holds half of a surrogate pair, which no tokenizer can read") from None
     return value
+
+
+def _named(columns: Mapping[str, Any], name: str) -> str | None:
+    return _text(columns[name], name) if name in columns else None
+
+
+def _domain(value: Any) -> str | None:
+    # Other people's tables call all sorts of things a domain; routing says so where it needs one and finds none.
+    return value if isinstance(value, str) and value.strip() else None
 
 
 def _answer(value: Any) -> str | None:

@@ -15,8 +15,10 @@ from omniopd.config import RunConfig
 from omniopd.data import Dataset, Row, load_rows
 from omniopd.errors import ConfigError
 from omniopd.estimate import chunk_shape
-from omniopd.inputs import check_teacher
-from omniopd.method import ChunkedSettings, Method, build_method, describe_part
+from omniopd.inputs import check_teachers
+from omniopd.logits.reading import prompt_check, special_ids
+from omniopd.method import Method, Role, build_method, describe_part
+from omniopd.method_settings import ChunkedSettings, LogprobSettings
 from omniopd.models import load_tokenizer, read_chat_template, resolve_model
 from omniopd.prompts import build_sampler
 from omniopd.run_folder import RunFolder
@@ -49,7 +51,7 @@ def dry_run(config: RunConfig) -> str:
     Raises ConfigError or DataError for what would stop the run: a part, the data, a template, the teacher's card.
     """
     method = build_method(config.method)
-    check_teacher(config, method)
+    check_teachers(config, method)
     dataset = _read_data(config)
     tokenizer = find_tokenizer(config.student.model)
     prompts = _student_prompts(config, dataset, tokenizer)
@@ -57,7 +59,7 @@ def dry_run(config: RunConfig) -> str:
         ("Settings", yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True).rstrip()),
         ("Objective", describe_method(config, method)),
         ("Prompts", _describe_prompts(config, method, dataset, tokenizer, prompts)),
-        ("Teacher calls, at most", _describe_calls(config, method, dataset, prompts)),
+        ("Teacher calls, at most", _describe_all_calls(config, method, dataset, prompts)),
         ("Evaluation", _describe_evaluation(config)),
         ("Run folder", _describe_folder(config)),
     ]
@@ -66,7 +68,8 @@ def dry_run(config: RunConfig) -> str:
 
 def describe_method(config: RunConfig, method: Method) -> str:
     """Return the objective in words, its parts, and how the loss is added up."""
-    parts = [part for part in (method.chunker, method.credit, *method.transforms) if part is not None]
+    chosen = [part for one in method.parts for part in (one.chunker, one.credit)]
+    parts = [part for part in (*chosen, *method.transforms) if part is not None]
     learner = config.learner
     sums = {
         "sequence_mean_token_sum": "token losses are summed within a rollout and averaged over rollouts (as published)",
@@ -175,9 +178,36 @@ def _describe_prompts(
         lines.append(preview(prompts[0]).partition("\nThe teacher reads")[0])
     else:
         lines += ["The student reads (messages):", _indented(_turns(messages))]
-    if method.needs_text_teacher:
-        lines += _teacher_prompt(config, method, messages)
+    for role in method.roles(config):
+        name = f"{role.name}: " if method.routes else ""
+        if role.method.needs_text_teacher:
+            first, *rest = _teacher_prompt(role.alone(config), role.method, messages)
+            lines += [name + first, *rest]
+        if role.method.needs_distributions and prompts and tokenizer is not None:
+            lines += [name + "Beside an open-weight teacher:", _indented(_compared(role, prompts[0], tokenizer))]
     return "\n".join(lines)
+
+
+def _compared(role: Role, prompt: Prompt, ours: PreTrainedTokenizerBase) -> str:
+    """Compare a question as the student and an open-weight teacher read it, where the teacher's tokenizer is here."""
+    settings, teacher = role.method.supervision, role.teacher
+    assert isinstance(settings, LogprobSettings)
+    name = teacher.tokenizer or (teacher.spec.partition(":")[2] if teacher.spec.startswith("hf:") else None)
+    if name is None:
+        return f"{role.label}.tokenizer is not set, so nothing can be compared here"
+    theirs = find_tokenizer(name)
+    if theirs is None:
+        return f"the tokenizer of {name} is not on this machine; the run compares before it spends anything"
+    is_foreign = settings.alignment == "groups"
+    check = prompt_check(
+        prompt,
+        ours,
+        theirs,
+        prompt_format="teacher" if is_foreign else teacher.chat_format,
+        is_foreign=is_foreign,
+        masked_ids=special_ids(ours, settings.mask_tokens),
+    )
+    return "\n".join(check.lines())
 
 
 def _teacher_prompt(config: RunConfig, method: Method, messages: Sequence[Message]) -> list[str]:
@@ -224,10 +254,23 @@ def estimate(config: RunConfig) -> str:
     Raises ConfigError or DataError for what would stop the run.
     """
     method = build_method(config.method)
-    check_teacher(config, method)
+    check_teachers(config, method)
     dataset = _read_data(config)
     prompts = _student_prompts(config, dataset, find_tokenizer(config.student.model))
-    return _describe_calls(config, method, dataset, prompts)
+    return _describe_all_calls(config, method, dataset, prompts)
+
+
+def _describe_all_calls(config: RunConfig, method: Method, dataset: Dataset | None, prompts: Sequence[Prompt]) -> str:
+    """Describe the calls of every teacher; of several, as if each were asked about every prompt."""
+    roles = method.roles(config)
+    if len(roles) == 1:
+        return _describe_calls(roles[0].alone(config), roles[0].method, dataset, prompts)
+    parts = [
+        f"{role.name} ({role.teacher.spec}), if every prompt went to it:\n"
+        + _indented(_describe_calls(role.alone(config), role.method, dataset, prompts))
+        for role in roles
+    ]
+    return "\n".join(parts)
 
 
 def _describe_calls(config: RunConfig, method: Method, dataset: Dataset | None, prompts: Sequence[Prompt]) -> str:

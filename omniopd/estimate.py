@@ -13,7 +13,8 @@ from typing import TYPE_CHECKING
 
 from omniopd.config import RunConfig
 from omniopd.errors import ConfigError
-from omniopd.method import ChunkedSettings, Method
+from omniopd.method import Method
+from omniopd.method_settings import ChunkedSettings
 from omniopd.types import Value
 
 if TYPE_CHECKING:

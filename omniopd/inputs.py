@@ -1,4 +1,4 @@
-"""What a run is made from: its prompts and verifier, its teacher in text or in weights."""
+"""What a run is made from: its prompts and verifier, its text teachers. Open-weight ones are in `logit_teachers`."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Any
 
 from omniopd.config import DataConfig, RunConfig, TeacherConfig
 from omniopd.errors import ConfigError, TeacherResponseError
-from omniopd.method import Method
-from omniopd.models import foreign_tokens, load_tokenizer, resolve_model, room_for_prompts
+from omniopd.method import Method, Role
+from omniopd.models import resolve_model, room_for_prompts
 from omniopd.run_folder import RunFolder, read_json, write_json_atomic
 from omniopd.spending import probe_cache, probe_key, shares_vocabulary, teacher_tokenizer
 from omniopd.teachers.base import Teacher
@@ -32,26 +32,22 @@ from omniopd.types import Message, Prompt
 
 if TYPE_CHECKING:
     from omniopd.behavior.base import Verifier
-    from omniopd.learner.policy import LanguageModel, Policy
+    from omniopd.learner.policy import Policy
     from omniopd.teachers.cards import Transport
 
 
-def check_teacher(config: RunConfig, method: Method) -> None:
+def check_teachers(config: RunConfig, method: Method) -> None:
     """Refuse teachers that cannot serve the method, before anything is loaded."""
-    is_weights = config.teacher.spec.startswith("hf:")
-    if method.needs_teacher_weights and not is_weights:
-        raise ConfigError(
-            f"method.supervision.type logprob needs the teacher's weights, and {config.teacher.spec!r} only gives "
-            "text; use teacher.spec=hf:MODEL, or method.supervision.type=chunked"
-        )
-    if method.needs_text_teacher and config.teacher.serve is not None:
-        served = f"local:{Path(resolve_model(config.teacher.serve)).name}"
-        if config.teacher.spec != served:
-            raise ConfigError(
-                f"teacher.serve starts a server for {config.teacher.serve!r}, which answers to teacher.spec "
-                f"{served!r}, but teacher.spec is {config.teacher.spec!r}; use {served} or leave teacher.serve out"
-            )
-    refuse_keys("teacher", config.teacher.model_dump(mode="json"))
+    for role in method.roles(config):
+        teacher = role.teacher
+        if role.method.needs_text_teacher and teacher.serve is not None:
+            served = f"local:{Path(resolve_model(teacher.serve)).name}"
+            if teacher.spec != served:
+                raise ConfigError(
+                    f"{role.label}.serve starts a server for {teacher.serve!r}, which answers to spec {served!r}, but "
+                    f"{role.label}.spec is {teacher.spec!r}; use {served} or leave {role.label}.serve out"
+                )
+        refuse_keys(role.label, teacher.model_dump(mode="json"))
 
 
 def load_prompts(
@@ -107,15 +103,18 @@ def read_responses(data: DataConfig) -> dict[tuple[Message, ...], str]:
 
 
 def open_text_teacher(
-    config: RunConfig, method: Method, folder: RunFolder, stack: ExitStack, say: Callable[[str], None]
+    role: Role, config: RunConfig, folder: RunFolder, stack: ExitStack, say: Callable[[str], None]
 ) -> MeteredTeacher | None:
-    """Open the text teacher, starting its server first where the config asks for one, and probe it.
+    """Open the text teacher of a role, starting its server first where the config asks for one, and probe it.
 
-    Raises what the probe raises, and TeacherResponseError when the teacher gives no usable continuation at all.
+    Returns None when the role asks for no text. Raises what the probe raises, and TeacherResponseError when the teacher
+    gives no usable continuation at all.
     """
-    if not method.needs_text_teacher:
+    if not role.method.needs_text_teacher:
         return None
-
+    config, files = role.alone(config), folder.teacher(role.folder)
+    files.path.mkdir(parents=True, exist_ok=True)
+    is_new = folder.has_never_begun
     settings = config.teacher
     spec = settings.spec
     tokenizer = teacher_tokenizer(settings)
@@ -126,7 +125,7 @@ def open_text_teacher(
         from omniopd.teachers.local_server import LocalTeacherServer
 
         model = resolve_model(settings.serve)
-        server = LocalTeacherServer(Path(model), log=folder.teacher_server_log, threads=config.threads)
+        server = LocalTeacherServer(Path(model), log=files.server_log, threads=config.threads)
         stack.enter_context(server)
         spec = f"{spec}@{server.base_url}"
         address = f"served:{weights_identity(model)}"
@@ -151,7 +150,7 @@ def open_text_teacher(
             budget_tokens=settings.budget_tokens,
             budget_calls=settings.budget_calls,
             price=settings.price,
-            ledger=folder.ledger,
+            ledger=files.ledger,
             extra_body=settings.extra_body,
             tokenizer_path=tokenizer_path,
             shares_vocabulary=shares,
@@ -165,8 +164,10 @@ def open_text_teacher(
         ways = ways_to_ask(target, continuation, has_tokenizer=has_tokenizer, shares_vocabulary=shares)
         encode = prompt_encoder(tokenizer_path) if tokenizer_path is not None and "tokens" in ways else None
         try_as = partial(open_as, remembers=False)
-        result = _earlier_probe(folder, ways) or _probe(try_as, ways, target, spec, settings, encode)
-        write_json_atomic(folder.probe, result.to_json())
+        result = _earlier_probe(files.probe, ways, is_new=is_new) or _probe(
+            try_as, ways, target, spec, settings, encode
+        )
+        write_json_atomic(files.probe, result.to_json())
         _check_probe(result, spec)
         assert result.chosen is not None
         continuation = result.chosen
@@ -174,11 +175,11 @@ def open_text_teacher(
     return MeteredTeacher(open_as(continuation))
 
 
-def _earlier_probe(folder: RunFolder, ways: Sequence[Transport]) -> ProbeResult | None:
+def _earlier_probe(file: Path, ways: Sequence[Transport], *, is_new: bool) -> ProbeResult | None:
     """Return what the run found when it began: asked in another way, the teacher would not be the same."""
-    if folder.has_never_begun or not folder.probe.is_file():
+    if is_new or not file.is_file():
         return None
-    result = ProbeResult.from_json(read_json(folder.probe))
+    result = ProbeResult.from_json(read_json(file))
     return result if result.chosen in ways else None
 
 
@@ -262,25 +263,3 @@ def check_text_teacher(
             is_thorough=True,
         )
     )
-
-
-def load_teacher_weights(config: RunConfig, method: Method, policy: Policy) -> LanguageModel | None:
-    """Load the open-weight teacher of the logit path.
-
-    Raises ConfigError when its vocabulary gives the student's tokens other ids: the divergence would compare unrelated
-    tokens.
-    """
-    if not method.needs_teacher_weights:
-        return None
-    from omniopd.learner.policy import load_frozen
-
-    name = config.teacher.spec.removeprefix("hf:")
-    ours = policy.tokenizer.get_vocab()
-    strangers = foreign_tokens(policy.tokenizer, load_tokenizer(name))
-    if strangers:
-        raise ConfigError(
-            f"{len(strangers):,} of the student's {len(ours):,} tokens, e.g. {strangers[0]!r}, have another id or "
-            f"none in the vocabulary of {name!r}: the logit path needs one vocabulary; use "
-            "method.supervision.type: chunked"
-        )
-    return load_frozen(name, device=config.student.device, dtype=config.student.dtype)

@@ -7,15 +7,26 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import Annotated, Any, Literal
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Annotated, Any
 
 from pydantic import Field, TypeAdapter, ValidationError
 
 from omniopd.chunking import EntropyChunker, UniformChunker
-from omniopd.config import MethodConfig, RunConfig, Section
+from omniopd.config import MethodConfig, RunConfig, TeacherConfig
 from omniopd.errors import ConfigError
+from omniopd.method_settings import (
+    ROUTED,
+    SETTINGS,
+    ChunkedSettings,
+    ImitationSettings,
+    LogprobSettings,
+    RoutedSettings,
+    Settings,
+    VerifierSettings,
+)
 from omniopd.parts import build_part, first_problem, unknown
 from omniopd.scoring.similarity import get_similarity
 from omniopd.signals.credit import CenteredTarget, Credit, RawAgreement, SmoothedTarget, TeacherText
@@ -40,76 +51,36 @@ TRANSFORMS: Mapping[str, type[Any]] = {
 }
 
 OBJECTIVES: Mapping[str, type[Any]] = {"divergence": Divergence, "sampled": SampledTokens, "minillm": MiniLLM}
-AuthorName = Literal["student", "teacher", "dataset"]
 
 
-class ChunkedSettings(Section):
-    """Black box: audit chunks with the teacher's text."""
-
-    type: Literal["chunked"] = "chunked"
-    chunker: dict[str, Any] = Field(default_factory=lambda: {"type": "entropy", "chunk_tokens": 50, "max_chunks": 4})
-    """`entropy` or `uniform`, with `chunk_tokens` (C) and `max_chunks` (M)."""
-    num_continuations: int = Field(default=4, ge=1)
-    """N, for each chunk. 4 chunks by 4 continuations cost a sixth of the published 10 by 10."""
-    min_continuations: int = Field(default=1, ge=1)
-    """With fewer usable ones a chunk is unaudited."""
-    continuation_tokens: int | None = Field(default=None, ge=1)
-    """In teacher tokens; None: as many as the chunk has student tokens."""
-    similarity: str = "edit"
-    """A name of `omniopd.get_similarity`."""
-    align: bool = True
-    """Cut continuations to the chunk's length before comparing."""
-    entropy: Literal["auto", "learner"] = "auto"
-    """Where entropies and priors come from: `auto` takes the engine's where they are exact, else the learner's."""
-    credit: dict[str, Any] = Field(default_factory=lambda: {"type": "teacher_text"})
-    """How evidence becomes a signal: `teacher_text`, `smoothed` (published), `centered`, `raw`."""
-    anchor_beta: float = Field(default=0.1, ge=0)
-    """Weight of the KL to the frozen initial student on unaudited tokens."""
-    allow_zero_anchor: bool = False
-    """Confirms `anchor_beta: 0` for a method that collapses without it."""
-
-
-class VerifierReward(Section):
-    """Group-relative advantages from the verifier, beside another objective."""
-
-    weight: float = Field(default=1.0, gt=0)
-    normalize_std: bool = True
-
-
-def _only_the_student() -> dict[AuthorName, float]:
-    return {"student": 1.0}
-
-
-class LogprobSettings(Section):
-    """White box: an open-weight teacher in process (`teacher.spec: hf:MODEL`)."""
-
-    type: Literal["logprob"]
-    objective: str | dict[str, Any] = "divergence"
-    """`divergence` (the loss of the `kl` stream at every token), `sampled` or `minillm`; a mapping has settings."""
-    weight: float = Field(default=1.0, gt=0)
-    """Of the objective."""
-    verifier: VerifierReward | None = None
-    """Add the verifier's advantages."""
-    authors: dict[AuthorName, float] = Field(default_factory=_only_the_student)
-    """Who writes, as shares of the batches that add up to 1; GKD's lambda is the student's."""
-
-
-class VerifierSettings(Section):
-    """No teacher: group-relative advantages from the verifier (GRPO)."""
-
-    type: Literal["verifier"]
-    normalize_std: bool = True
-
-
-class ImitationSettings(Section):
-    """SFT on answers that the teacher writes."""
-
-    type: Literal["imitation"]
-
-
-Settings = ChunkedSettings | LogprobSettings | VerifierSettings | ImitationSettings
 _SETTINGS: TypeAdapter[Settings] = TypeAdapter(Annotated[Settings, Field(discriminator="type")])
-SUPERVISIONS = ("chunked", "logprob", "verifier", "imitation")
+_ROUTE_NAME = re.compile(r"\w[\w.:-]*", re.ASCII)
+"""It names a folder of the run."""
+ONLY_TEACHER = "teacher"
+"""What the teacher of a run with one teacher is called."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Role:
+    """One teacher of a run, and what it is for."""
+
+    name: str
+    teacher: TeacherConfig
+    method: Method
+
+    def alone(self, config: RunConfig) -> RunConfig:
+        """Return the run as it would be with this teacher only."""
+        return config.model_copy(update={"teacher": self.teacher})
+
+    @property
+    def folder(self) -> str | None:
+        """The name of its folder within the run's; None: the run's own."""
+        return None if self.name == ONLY_TEACHER else self.name
+
+    @property
+    def label(self) -> str:
+        """The key of its settings."""
+        return "teacher" if self.name == ONLY_TEACHER else f"teachers.{self.name}"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -122,20 +93,37 @@ class Method:
     transforms: tuple[SignalTransform, ...]
     objective: Objective | None = None
     """Of a teacher's logprobs."""
+    routes: Mapping[str, Method] = field(default_factory=dict)
+    """Of several teachers, by name; empty with one."""
+
+    @property
+    def parts(self) -> tuple[Method, ...]:
+        """The methods of all teachers; with one teacher this very method."""
+        return tuple(self.routes.values()) or (self,)
 
     @property
     def needs_text_teacher(self) -> bool:
         """Whether the run asks a teacher for text."""
+        if self.routes:
+            return any(part.needs_text_teacher for part in self.parts)
         return isinstance(self.supervision, ChunkedSettings) or "teacher" in self.authors
 
     @property
-    def needs_teacher_weights(self) -> bool:
-        return isinstance(self.supervision, LogprobSettings)
+    def needs_teacher(self) -> bool:
+        """Whether there is anybody to ask at all."""
+        return self.needs_text_teacher or self.needs_distributions
+
+    @property
+    def needs_distributions(self) -> bool:
+        """Whether the run compares a teacher's distributions with the student's."""
+        return any(isinstance(part.supervision, LogprobSettings) for part in self.parts)
 
     @property
     def needs_reference(self) -> bool:
         """Whether a signal anchors to the frozen initial student."""
-        return isinstance(self.supervision, ChunkedSettings) and self.supervision.anchor_beta > 0
+        return any(
+            isinstance(part.supervision, ChunkedSettings) and part.supervision.anchor_beta > 0 for part in self.parts
+        )
 
     @property
     def authors(self) -> dict[str, float]:
@@ -147,7 +135,16 @@ class Method:
     @property
     def uses_divergence(self) -> bool:
         """Whether signals feed the learner's `kl` stream."""
-        return self.objective is not None and self.objective.uses_divergence
+        return any(part.objective is not None and part.objective.uses_divergence for part in self.parts)
+
+    def roles(self, config: RunConfig) -> tuple[Role, ...]:
+        """Return the teachers of the run with what each is for. Routes that need no teacher have the default one."""
+        if not self.routes:
+            return (Role(name=ONLY_TEACHER, teacher=config.teacher, method=self),)
+        return tuple(
+            Role(name=name, teacher=config.teachers.get(name, TeacherConfig()), method=part)
+            for name, part in self.routes.items()
+        )
 
     def in_words(self) -> str:
         """Say the objective in one or two sentences, for the start of the run, the dry run and the report."""
@@ -158,13 +155,7 @@ class Method:
 def build_method(config: MethodConfig) -> Method:
     """Validate the method section and make its parts. Raises ConfigError naming the key and what is allowed."""
     supervision = dict(config.supervision)
-    kind = supervision.setdefault("type", "chunked")
-    if kind not in SUPERVISIONS:
-        raise ConfigError(unknown("method.supervision.type", kind, SUPERVISIONS))
-    try:
-        settings = _SETTINGS.validate_python(supervision)
-    except ValidationError as error:
-        raise ConfigError(first_problem("method.supervision", error, _keys_of(kind), tags=SUPERVISIONS)) from error
+    settings = _read_settings("method.supervision", supervision, tuple(SETTINGS))
     chunker: Chunker | None = None
     credit: Credit | None = None
     if isinstance(settings, ChunkedSettings):
@@ -181,57 +172,73 @@ def build_method(config: MethodConfig) -> Method:
     transforms = tuple(
         build_part(f"method.transforms[{i}]", spec, TRANSFORMS) for i, spec in enumerate(config.transforms)
     )
-    return Method(supervision=settings, chunker=chunker, credit=credit, transforms=transforms, objective=objective)
+    return Method(
+        supervision=settings,
+        chunker=chunker,
+        credit=credit,
+        transforms=transforms,
+        objective=objective,
+        routes=_build_routes(settings) if isinstance(settings, RoutedSettings) else {},
+    )
 
 
-def check_losses(losses: Mapping[str, Mapping[str, Any]], method: Method | None = None) -> None:
-    """Validate `learner.losses`, and with a method that it can use them.
+def _read_settings(key: str, supervision: dict[str, Any], allowed: Sequence[str]) -> Settings:
+    kind = supervision.setdefault("type", "chunked")
+    if kind not in allowed:
+        raise ConfigError(unknown(f"{key}.type", kind, allowed))
+    try:
+        return _SETTINGS.validate_python(supervision)
+    except ValidationError as error:
+        raise ConfigError(first_problem(key, error, list(SETTINGS[kind].model_fields), tags=tuple(SETTINGS))) from error
 
-    Raises ConfigError naming the key and what is allowed.
-    """
-    from omniopd.learner.losses import build_losses  # Free of torch until a loss is computed.
 
-    built = build_losses(losses)
-    if method is None or "kl" not in losses:
-        return
-    kind = losses["kl"]["type"]
-    if not method.uses_divergence:
+def _build_routes(settings: RoutedSettings) -> dict[str, Method]:
+    key = "method.supervision"
+    if not settings.routes:
+        raise ConfigError(f"{key}.routes is empty; expected at least one route, by the name of its teacher")
+    if settings.default is not None and settings.default not in settings.routes:
+        raise ConfigError(unknown(f"{key}.default", settings.default, settings.routes, what="route"))
+    if settings.by == "weight" and settings.default is not None:
         raise ConfigError(
-            f"learner.losses.kl: {kind} would never be used, because method.supervision feeds no divergence to a "
-            "teacher; leave it out, or use method.supervision={type: logprob}"
+            f"{key}.default is {settings.default!r}, but by: weight draws a route for every prompt; leave it out"
         )
-    if isinstance(method.objective, MiniLLM) and (kind != "reverse_kl" or losses["kl"].get("temperature", 1) != 1):
-        raise ConfigError(
-            f"learner.losses.kl: {kind} cannot be MiniLLM's single step, which is the reverse KL at temperature 1; "
-            "leave it out, or set method.supervision.objective={type: minillm, single_step: false}"
-        )
-    if kind == "sampled_token" and set(method.authors) != {"student"}:
-        raise ConfigError(
-            f"learner.losses.kl: sampled_token ({built['kl']}) estimates from tokens that the student drew itself, but "
-            f"method.supervision.authors is {method.authors}; use a full divergence such as reverse_kl, or "
-            "authors={student: 1}"
-        )
+    if settings.by == "domain":
+        _check_domains(settings)
+    routes = {}
+    for name, route in settings.routes.items():
+        if not _ROUTE_NAME.fullmatch(name) or name == ONLY_TEACHER:
+            raise ConfigError(
+                f"{key}.routes has {name!r}; expected a name of letters, digits and . _ : - other than {ONLY_TEACHER}"
+            )
+        kind = route.supervision.get("type", "chunked")
+        if kind not in ROUTED:
+            raise ConfigError(unknown(f"{key}.routes.{name}.supervision.type", kind, ROUTED))
+        try:
+            method = build_method(MethodConfig(supervision=route.supervision))
+        except ConfigError as error:
+            raise ConfigError(f"{key}.routes.{name}: {error}") from error
+        if set(method.authors) != {"student"}:
+            raise ConfigError(
+                f"{key}.routes.{name}.supervision.authors is {method.authors}: with several teachers the student "
+                "writes all rollouts; leave authors out"
+            )
+        routes[name] = method
+    return routes
 
 
-def check_inputs(config: RunConfig, method: Method) -> None:
-    """Refuse rollouts and data that the objective cannot use. Raises ConfigError naming the key and what to do."""
-    settings, rollout = method.supervision, config.rollout
-    loss = config.learner.losses.get("kl", {}).get("type")
-    uses_samples = method.objective is not None and method.objective.uses_samples
-    if (uses_samples or loss == "sampled_token") and (rollout.temperature != 1.0 or rollout.top_p != 1.0):
-        key, value = ("temperature", rollout.temperature) if rollout.temperature != 1.0 else ("top_p", rollout.top_p)
-        raise ConfigError(
-            f"rollout.{key} is {value:g}: the objective estimates from sampled tokens, which then are not drawn from "
-            f"the student's own distribution, and is biased; use {key} 1, or a divergence over the vocabulary "
-            "(method.supervision.objective: divergence), which holds whatever was drawn"
-        )
-    rewards = isinstance(settings, VerifierSettings)
-    rewards = rewards or (isinstance(settings, LogprobSettings) and settings.verifier is not None)
-    if rewards and config.data.verifier == "none":
-        raise ConfigError(
-            "data.verifier is none, but method.supervision rewards right answers; use data.verifier: auto, or leave "
-            "the verifier out of method.supervision"
-        )
+def _check_domains(settings: RoutedSettings) -> None:
+    owners: dict[str, str] = {}
+    for name, route in settings.routes.items():
+        if not route.domains and name != settings.default:
+            raise ConfigError(
+                f"method.supervision.routes.{name} has no domains, so by: domain never asks it; list some, or make it "
+                "the default"
+            )
+        for domain in route.domains:
+            if owners.setdefault(domain, name) != name:
+                raise ConfigError(
+                    f"the domain {domain!r} is listed by the routes {owners[domain]} and {name}; expected one of them"
+                )
 
 
 def describe_part(part: Any) -> str:
@@ -291,6 +298,8 @@ def _logprob_objective(method: Method, settings: LogprobSettings) -> str:
         said = f"minimize the reverse KL of whole answers: {each}by the {mean}log-ratio of what follows (MiniLLM)"
     else:
         said = f"minimize the divergence to the teacher's next-token distribution on every token of {whose}"
+    if settings.alignment == "groups":
+        said += ", in groups of tokens that wrote the same bytes"
     if settings.verifier is not None:
         said += f"; plus {settings.verifier.weight:g} x right answers against the mean of their group"
     return said
@@ -304,6 +313,10 @@ def _objective(method: Method) -> str:
         return "reinforce right answers against the mean of their group (no teacher)"
     if isinstance(settings, ImitationSettings):
         return "imitate whole answers written by the teacher (SFT)"
+    if isinstance(settings, RoutedSettings):
+        chosen = {"weight": "drawn by weight", "domain": "by its domain", "teacher_id": "by its teacher_id"}
+        each = "; ".join(f"{name}: {_objective(part)}" for name, part in method.routes.items())
+        return f"each prompt goes to one of {len(method.routes)} teachers, {chosen[settings.by]} ({each})"
     agreement = f"its agreement ({settings.similarity}) with the teacher's text"
     signal = {
         TeacherText: "move the student towards what the teacher's continuations say next, token by token",
@@ -317,13 +330,3 @@ def _objective(method: Method) -> str:
         else "with no anchor"
     )
     return f"{signal}; {anchor}"
-
-
-def _keys_of(kind: str) -> list[str]:
-    models: dict[str, type[Section]] = {
-        "chunked": ChunkedSettings,
-        "logprob": LogprobSettings,
-        "verifier": VerifierSettings,
-        "imitation": ImitationSettings,
-    }
-    return list(models[kind].model_fields)

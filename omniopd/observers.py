@@ -39,10 +39,10 @@ class StepRecorder:
     records: Records
     progress: RunProgress
     timer: StepTimer
-    teacher: MeteredTeacher | None
+    teachers: Sequence[MeteredTeacher]
 
     def after_step(self, update: Update, signals: Sequence[TokenSignal], ctx: StepContext) -> None:
-        usage = self.teacher.take() if self.teacher is not None else Usage()
+        usage = sum((teacher.take() for teacher in self.teachers), Usage())
         extra = {"memory/peak_rss_mb": peak_rss_mb()}
         self.progress.step(self.records.step(update, signals, self.timer.take(), usage, extra))
 

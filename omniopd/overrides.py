@@ -20,7 +20,8 @@ from pydantic_core import ErrorDetails
 
 from omniopd.config import RunConfig
 from omniopd.errors import ConfigError
-from omniopd.method import build_method, check_inputs, check_losses
+from omniopd.method import build_method
+from omniopd.method_checks import check_inputs, check_losses
 from omniopd.presets import PRESETS, check_preset
 from omniopd.prompts import check_sampler
 

@@ -120,6 +120,7 @@ def compose_metrics(
     parts: tuple[Mapping[str, float | None], ...] = (
         _rollout_metrics(rollouts, timings.get("generate")),
         _teacher_metrics(audits, usage),
+        _scoring_metrics(signals),
         _score_metrics(audits),
         {
             "optim/loss": update.loss,
@@ -229,6 +230,12 @@ def _teacher_metrics(audits: Sequence[Audit], usage: Usage) -> Metrics:
         **{f"teacher/missing/{reason.value}": count for reason, count in sorted(reasons.items())},
         "cost/usd": usage.cost_usd if usage.requests else 0.0,
     }
+
+
+def _scoring_metrics(signals: Sequence[TokenSignal]) -> Metrics:
+    """Count what an open-weight teacher could not score; nothing where there is none."""
+    reasons = Counter(signal.unscored for signal in signals if signal.unscored is not None)
+    return {f"teacher/unscored/{reason.value}": count for reason, count in sorted(reasons.items())}
 
 
 def _score_metrics(audits: Sequence[Audit]) -> Metrics:

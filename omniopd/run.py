@@ -13,9 +13,11 @@ from typing import TYPE_CHECKING, Any
 
 from omniopd.config import RunConfig
 from omniopd.errors import TeacherError
-from omniopd.inputs import check_teacher, load_prompts, load_teacher_weights, open_text_teacher
+from omniopd.inputs import check_teachers, load_prompts, open_text_teacher
+from omniopd.logit_teachers import open_logit_teacher
 from omniopd.loop import Observer, Run, train
-from omniopd.method import ChunkedSettings, LogprobSettings, Method, VerifierSettings, build_method
+from omniopd.method import ONLY_TEACHER, Method, Role, build_method
+from omniopd.method_settings import ChunkedSettings, LogprobSettings, RoutedSettings, Settings, VerifierSettings
 from omniopd.observers import PeriodicCheckpoint, PeriodicEvaluation, PromptFeedback, StepRecorder
 from omniopd.progress import RunProgress
 from omniopd.prompts import LearnsFromRollouts, build_sampler
@@ -23,6 +25,7 @@ from omniopd.records import Records
 from omniopd.report.build import build_report
 from omniopd.run_folder import RunFolder, read_json, write_json_atomic
 from omniopd.spending import estimate_with
+from omniopd.supervision.routed import ByColumn, ByWeight
 from omniopd.teachers.probe import ProbeResult
 from omniopd.timing import StepTimer
 from omniopd.types import Prompt, Rollout, TokenSignal, Usage
@@ -51,7 +54,7 @@ def run_training(
         TeacherError, LearnerError: the run stopped; `resume` goes on.
     """
     method = build_method(config.method)
-    check_teacher(config, method)
+    check_teachers(config, method)
     folder = RunFolder.create(Path(config.output) / config.name, resume=resume, overwrite=overwrite)
     plain = config.model_dump(mode="json")
     if resume:
@@ -66,6 +69,18 @@ def run_training(
             session.stop_early()
             raise
     return folder.path
+
+
+def build_route(settings: Settings) -> ByColumn | ByWeight | None:
+    """Return what chooses among several teachers; None with one."""
+    if not isinstance(settings, RoutedSettings):
+        return None
+    if settings.by == "weight":
+        return ByWeight(weights={name: route.weight for name, route in settings.routes.items()})
+    names = {name: name for name in settings.routes}
+    if settings.by == "domain":
+        names = {domain: name for name, route in settings.routes.items() for domain in route.domains}
+    return ByColumn(column=settings.by, names=names, default=settings.default)
 
 
 class _Student:
@@ -114,18 +129,38 @@ class _Session:
         self.progress = stack.enter_context(RunProgress())
         self.timer = StepTimer(on_phase=self.progress.phase)
         # First, because a missing key or a wrong address should not wait for a large model to load.
-        self.teacher = open_text_teacher(config, method, folder, stack, self.progress.message)
+        self.roles = method.roles(config)
+        opened = {
+            role.name: open_text_teacher(role, config, folder, stack, self.progress.message) for role in self.roles
+        }
+        self.text_teachers = {name: teacher for name, teacher in opened.items() if teacher is not None}
         self.policy = Policy.load(config.student)
         self.student = _Student(self.policy, Detokenizer(self.policy.tokenizer))
         self.verifier, prompts, self.eval_prompts = load_prompts(config, self.policy, self.progress.message)
         self.prompts = build_sampler(config.data.sampler, prompts, config.seed)
+        self.route = build_route(method.supervision)
+        if self.route is not None:
+            self.route.check(prompts)
+        self.logit_teachers = {
+            role.name: open_logit_teacher(
+                role,
+                config,
+                self.policy,
+                prompts,
+                end_ids=self.student.end_ids,
+                offload_folder=folder.teacher(role.folder).path / "offload",
+                say=self.progress.message,
+            )
+            for role in self.roles
+            if role.method.needs_distributions
+        }
         self.learner = Learner(
             self.policy,
             config.learner,
             num_steps=config.steps,
             max_steps_off_policy=config.rollout.max_steps_off_policy,
             keep_reference=self.method.needs_reference,
-            teacher=load_teacher_weights(config, method, self.policy),
+            teachers={name: of.model for name, of in self.logit_teachers.items() if of.model is not None},
             save_offenders=self._save_offenders,
             timer=self.timer,
         )
@@ -172,7 +207,12 @@ class _Session:
         self.progress.start(config.steps, start_step, spent=self._spent())
         observers: list[Observer] = [
             PromptFeedback(prompts=self.prompts),
-            StepRecorder(records=records, progress=self.progress, timer=self.timer, teacher=self.teacher),
+            StepRecorder(
+                records=records,
+                progress=self.progress,
+                timer=self.timer,
+                teachers=tuple(self.text_teachers.values()),
+            ),
         ]
         if self.eval_prompts and config.eval.every:
 
@@ -201,8 +241,11 @@ class _Session:
             await train(run, start_step=start_step)
         finally:
             await self.engine.aclose()
-            if self.teacher is not None:
-                await self.teacher.aclose()
+            for teacher in self.text_teachers.values():
+                await teacher.aclose()
+            for of in self.logit_teachers.values():
+                if of.scorer is not None:
+                    await of.scorer.aclose()
 
     def _behavior(self) -> Behavior:
         from omniopd.behavior.mixed import MixedBehavior
@@ -228,9 +271,9 @@ class _Session:
                 max_tokens=max_tokens,
                 verifier=self.verifier,
             )
-        assert self.teacher is not None
+        (teacher,) = self.text_teachers.values()  # Routed teachers do not write.
         return TeacherBehavior(
-            teacher=self.teacher,
+            teacher=teacher,
             encode=student.encode,
             end_id=student.end_id,
             detokenize=student.detokenize,
@@ -240,47 +283,68 @@ class _Session:
         )
 
     def _supervision(self) -> Supervision:
-        from omniopd.scoring.chunk_score import ChunkScorer
-        from omniopd.supervision.chunked import ChunkedSupervision
+        from omniopd.supervision.routed import RoutedSupervision
+
+        parts = {role.name: self._supervision_of(role) for role in self.roles}
+        if self.route is None:
+            return parts[ONLY_TEACHER]
+        return RoutedSupervision(route=self.route, supervisions=parts)
+
+    def _supervision_of(self, role: Role) -> Supervision:
         from omniopd.supervision.imitation import ImitationSupervision
         from omniopd.supervision.verified import VerifiedSupervision
 
-        settings = self.method.supervision
+        settings = role.method.supervision
         if isinstance(settings, LogprobSettings):
-            return self._logprob_supervision(settings)
+            return self._logprob_supervision(role, settings)
         if isinstance(settings, VerifierSettings):
             return VerifiedSupervision(normalize_std=settings.normalize_std)
-        if not isinstance(settings, ChunkedSettings):
-            return ImitationSupervision()
-        assert self.teacher is not None and self.method.chunker is not None and self.method.credit is not None
+        if isinstance(settings, ChunkedSettings):
+            return self._chunked_supervision(role, settings)
+        return ImitationSupervision()
+
+    def _chunked_supervision(self, role: Role, settings: ChunkedSettings) -> Supervision:
+        from omniopd.scoring.chunk_score import ChunkScorer
+        from omniopd.supervision.chunked import ChunkedSupervision
+
+        assert role.method.chunker is not None and role.method.credit is not None
         return ChunkedSupervision(
-            teacher=self.teacher,
-            chunker=self.method.chunker,
+            teacher=self.text_teachers[role.name],
+            chunker=role.method.chunker,
             scorer=ChunkScorer(
                 similarity=settings.similarity, min_continuations=settings.min_continuations, align=settings.align
             ),
-            credit=self.method.credit,
+            credit=role.method.credit,
             vocabulary=self.student,
             measure=self._measure(settings.entropy),
             timer=self.timer,
             num_continuations=settings.num_continuations,
             continuation_tokens=settings.continuation_tokens,
             anchor_beta=settings.anchor_beta,
-            max_missing_fraction=self.config.teacher.max_missing_fraction,
+            max_missing_fraction=role.teacher.max_missing_fraction,
             seed=self.config.seed,
         )
 
-    def _logprob_supervision(self, settings: LogprobSettings) -> Supervision:
+    def _logprob_supervision(self, role: Role, settings: LogprobSettings) -> Supervision:
         from omniopd.supervision.combined import SummedSupervision
         from omniopd.supervision.logprob import LogprobSupervision
         from omniopd.supervision.verified import VerifiedSupervision
 
-        assert self.method.objective is not None
+        assert role.method.objective is not None
+        teacher = self.logit_teachers[role.name]
         supervision = LogprobSupervision(
-            objective=self.method.objective,
+            objective=role.method.objective,
             weight=settings.weight,
+            reader=teacher.reader,
+            teacher=teacher.scorer,
             student=self._measure("auto"),
-            teacher=self.learner.teacher_logprobs,
+            candidates=self.learner.candidates,
+            wanted=teacher.wanted,
+            name=role.folder,
+            spread=settings.spread,
+            masked_ids=teacher.masked_ids,
+            max_missing_fraction=role.teacher.max_missing_fraction,
+            timer=self.timer,
         )
         if settings.verifier is None:
             return supervision
@@ -377,7 +441,8 @@ class _Session:
         """Return all that the run was billed, also for steps that a crash made it repeat."""
         from omniopd.teachers.ledger import Ledger
 
-        return Ledger(self.folder.ledger).spent() if self.folder.ledger.is_file() else Usage()
+        ledgers = [files.ledger for files in self.folder.teachers if files.ledger.is_file()]
+        return sum((Ledger(ledger).spent() for ledger in ledgers), Usage())
 
     def _save_offenders(self, signals: Sequence[TokenSignal]) -> Path:
         path = self.folder.path / "offending_rollouts.jsonl"
@@ -386,13 +451,15 @@ class _Session:
 
     def _estimate(self, prompts: Sequence[Prompt]) -> None:
         """Write down what the run is expected to ask and cost; a resumed run keeps the first word."""
-        if self.folder.estimate.is_file():
-            return
-        probe = ProbeResult.from_json(read_json(self.folder.probe)) if self.folder.probe.is_file() else None
         lengths = [len(prompt.token_ids) for prompt in prompts]
-        expected = estimate_with(self.config, self.method, prompt_tokens=lengths, probe=probe)
-        if expected is not None:
-            write_json_atomic(self.folder.estimate, expected.to_json())
+        for role in self.roles:
+            files = self.folder.teacher(role.folder)
+            if files.estimate.is_file():
+                continue
+            probe = ProbeResult.from_json(read_json(files.probe)) if files.probe.is_file() else None
+            expected = estimate_with(role.alone(self.config), role.method, prompt_tokens=lengths, probe=probe)
+            if expected is not None:
+                write_json_atomic(files.estimate, expected.to_json())
 
     def _preview(self, prompt: Prompt) -> None:
         from omniopd.templates import preview
@@ -410,7 +477,7 @@ class _Session:
             "seed": self.config.seed,
             "steps": self.config.steps,
             "method": self.method.in_words(),
-            "teacher": None if self.teacher is None else self.teacher.id,
+            "teacher": ", ".join(teacher.id for teacher in self.text_teachers.values()) or None,
             "teacher_tokens": spent.output_tokens,
             "teacher_input_tokens": spent.input_tokens,
             "teacher_requests": spent.requests,

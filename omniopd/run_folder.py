@@ -59,6 +59,32 @@ _ABSENT = object()
 
 
 @dataclass(frozen=True, slots=True)
+class TeacherFiles:
+    """What a run keeps of one teacher."""
+
+    path: Path
+
+    @property
+    def ledger(self) -> Path:
+        """All its answers paid for."""
+        return self.path / "ledger.sqlite"
+
+    @property
+    def probe(self) -> Path:
+        """What it did with the first questions."""
+        return self.path / "probe.json"
+
+    @property
+    def estimate(self) -> Path:
+        """What it was expected to be asked and to cost."""
+        return self.path / "estimate.json"
+
+    @property
+    def server_log(self) -> Path:
+        return self.path / "teacher_server.log"
+
+
+@dataclass(frozen=True, slots=True)
 class RunFolder:
     """The files of one run, by name. Constructing it touches nothing; `create` does."""
 
@@ -149,24 +175,16 @@ class RunFolder:
     def tensorboard(self) -> Path:
         return self.path / "tensorboard"
 
-    @property
-    def ledger(self) -> Path:
-        """All teacher answers paid for."""
-        return self.path / "ledger.sqlite"
+    def teacher(self, name: str | None = None) -> TeacherFiles:
+        """Name the files of one of several teachers; None: of the only one."""
+        return TeacherFiles(self.path if name is None else self.path / "teachers" / name)
 
     @property
-    def probe(self) -> Path:
-        """What the teacher did with the first questions."""
-        return self.path / "probe.json"
-
-    @property
-    def estimate(self) -> Path:
-        """What the run was expected to ask and to cost."""
-        return self.path / "estimate.json"
-
-    @property
-    def teacher_server_log(self) -> Path:
-        return self.path / "teacher_server.log"
+    def teachers(self) -> tuple[TeacherFiles, ...]:
+        """The files of all teachers that were asked, in the order of their names."""
+        several = sorted(path for path in (self.path / "teachers").glob("*") if path.is_dir())
+        found = [self.teacher(), *(self.teacher(path.name) for path in several)]
+        return tuple(files for files in found if files.ledger.is_file() or files.estimate.is_file())
 
     def rollouts_of(self, step: int) -> Path:
         """Name the file of one step's rollouts."""

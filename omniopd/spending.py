@@ -8,7 +8,8 @@ from typing import Any, cast
 from omniopd.config import RunConfig, TeacherConfig
 from omniopd.errors import ConfigError
 from omniopd.estimate import Estimate, chunk_shape, estimate_run
-from omniopd.method import ChunkedSettings, Method, build_method
+from omniopd.method import Method, build_method
+from omniopd.method_settings import ChunkedSettings
 from omniopd.models import reads_alike
 from omniopd.progress import format_seconds, format_usd
 from omniopd.teachers.cards import Transport
@@ -112,11 +113,16 @@ def shares_vocabulary(config: RunConfig, target: Target) -> bool:
 
 
 def spending_notice(config: RunConfig) -> str | None:
-    """Say in one line what a run may buy at most, before it begins; None when the teacher costs nothing.
+    """Say in a line for each teacher what a run may buy at most, before it begins; None when that costs nothing.
 
     Reads no data. Raises ConfigError for a method or a teacher that cannot be used.
     """
     method = build_method(config.method)
+    notices = [_notice(role.alone(config), role.method) for role in method.roles(config)]
+    return "\n".join(filter(None, notices)) or None
+
+
+def _notice(config: RunConfig, method: Method) -> str | None:
     if not method.needs_text_teacher:
         return None
     target = checked_target(config)

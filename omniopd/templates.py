@@ -130,6 +130,7 @@ def build_prompts(
                 token_ids=token_ids,
                 answer=row.answer,
                 teacher_id=row.teacher_id,
+                domain=row.domain,
             )
         )
     if not prompts:

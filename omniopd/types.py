@@ -14,7 +14,7 @@ import typing
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from enum import StrEnum
-from typing import Any, Self
+from typing import Any, Protocol, Self
 
 from omniopd.errors import DataError
 
@@ -53,14 +53,18 @@ class Missing(StrEnum):
     """Fewer usable continuations than the run asks for."""
 
 
+_UNRECORDED = "unrecorded"
+
+
 class Value:
     """Shared by all values: `to_json` and `from_json`, so that records can be replayed from disk."""
 
     __slots__ = ()
 
     def to_json(self) -> dict[str, Any]:
-        """Return plain dicts, lists, strings and numbers."""
-        return {f.name: _plain(getattr(self, f.name)) for f in dataclasses.fields(self)}  # type: ignore[arg-type]
+        """Return plain dicts, lists, strings and numbers, without the fields that no record holds."""
+        fields = (f for f in dataclasses.fields(self) if not f.metadata.get(_UNRECORDED))  # type: ignore[arg-type]
+        return {f.name: _plain(getattr(self, f.name)) for f in fields}
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> Self:
@@ -132,6 +136,9 @@ class Prompt(Value):
     answer: str | None = None
     """The reference answer; None when the data has none, then nothing can be verified."""
     teacher_id: str | None = None
+    """Which of the run's teachers is to be asked, as the data says."""
+    domain: str | None = None
+    """What the prompt is about, as the data says; teachers can be chosen by it."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -337,6 +344,19 @@ class SoftTarget(Value):
     self_weight: float = 0.0
 
 
+class TeacherEvidence(Protocol):
+    """What the learner needs beside the rollout to compare it with an open-weight teacher.
+
+    Which class it is tells the learner how: `logits.scores.TokenScores` holds what the teacher said,
+    `logits.scores.Reading` how it reads the rollout, `logits.reading.AlignedReading` also in which of its own tokens.
+    """
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens of the completion, in the teacher's vocabulary."""
+        ...
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TokenSignal(Value):
     """The dense training signal of one rollout. Made by supervision, adjusted by transforms, read by the learner.
@@ -353,6 +373,12 @@ class TokenSignal(Value):
     """[T] >= 0; times the exact forward KL to the frozen initial student."""
     kl_weights: tuple[float, ...] | None = None
     """[T] >= 0; times a divergence to an open-weight teacher."""
+    kl_teacher: str | None = None
+    """Which teacher that is; None: the only one of the run."""
+    kl_evidence: TeacherEvidence | None = field(default=None, metadata={_UNRECORDED: True})
+    """None: the teacher reads the very tokens of the rollout, and the learner has its weights."""
+    unscored: Missing | None = None
+    """Why an open-weight teacher says nothing of the rollout; its weights are 0 then."""
     ce_weights: tuple[float, ...] | None = None
     """[T] >= 0; times -log P of the rollout's own tokens (text somebody else wrote)."""
     soft_targets: tuple[SoftTarget, ...] | None = None

@@ -44,5 +44,5 @@ def test_text_alone_connects_two_vocabularies(tmp_path: Path, transport: str) ->
         for audit in signal.audits:
             exact = {c.is_exact for c in audit.continuations.continuations if c.text is not None}
             assert exact <= {transport == "completions" or not audit.chunk.prefix.strip()}
-    spent = Ledger(folder.ledger).spent()
+    spent = Ledger(folder.teacher().ledger).spent()
     assert spent.requests > 0 and spent.cost_usd == 0.0

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import itertools
 import math
+import os
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -17,7 +19,8 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from omniopd.errors import ConfigError, DataError, LearnerError
-from omniopd.kernels import KINDS, chunked, chunked_divergence, chunked_logprobs, heads
+from omniopd.kernels import KINDS, blocks, chunked, chunked_divergence, chunked_logprobs, heads
+from omniopd.kernels.objectives import ForwardKL, JensenShannon, Objective, ReverseKL, TokenLogprob
 
 F64 = torch.float64
 
@@ -468,6 +471,104 @@ def test_a_wide_teacher_makes_the_sums_wide() -> None:
     assert value.dtype == F64
     assert (value - dense(m, "forward_kl")).abs().max() < 1e-12
     assert gradients(value.sum(), m.student_head)[0].dtype == torch.float32
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("offsets", [(100.0, -100.0), (-1000.0, 5.0), (17.0, 30.0)])
+@pytest.mark.parametrize("dtype", [torch.float32, F64])
+def test_an_offset_of_all_logits_does_not_matter(kind: Any, offsets: tuple[float, float], dtype: torch.dtype) -> None:
+    m = models(6, 40, dtype=dtype)
+    biases = {
+        f"{who}_bias": torch.full((40,), x, dtype=dtype) for who, x in zip(("student", "teacher"), offsets, strict=True)
+    }
+    found = chunked_divergence(*m.tensors, kind=kind, beta=0.3, **biases)
+    expected = dense(m, kind, 0.3)
+    inputs = m.student_hidden, m.student_head
+    if kind == "trl_jsd":
+        expected = dense(m, "jsd", 0.3)
+    # float32 resolves a logit of 1,000 to 6e-5.
+    tolerance = 1e-11 if dtype == F64 else 5e-4
+    assert gap((found,), (expected,)) < tolerance
+    assert gap(gradients(found.sum(), *inputs), gradients(expected.sum(), *inputs)) < tolerance
+
+
+@pytest.mark.parametrize("kind", ["forward_kl", "reverse_kl", "jsd"])
+def test_models_that_nearly_agree(kind: Any) -> None:
+    m = models(64, 2000, 32, 32, dtype=torch.float32)
+    noise = torch.randn(2000, 32, generator=torch.Generator().manual_seed(5))
+    with torch.no_grad():
+        m.student_head.mul_(0.2)
+    near = Models(m.student_hidden, m.student_head, m.student_hidden.detach(), m.student_head.detach() + 0.02 * noise)
+    found, expected = chunked_divergence(*near.tensors, kind=kind).double(), dense(near, kind)
+    assert 1e-4 < expected.mean() < 1e-2
+    assert abs(found.mean() / expected.mean() - 1) < 1e-5
+
+
+def test_a_shut_token_stays_shut_at_a_high_temperature() -> None:
+    m = models(vocabulary=6)
+    bias = torch.tensor([0.0, 0.0, -math.inf, 0.0, 0.0, 0.0], dtype=F64)
+    ids = torch.tensor([2, 0, 1, 3, 4, 5, 0])
+    logprobs, entropies = chunked_logprobs(m.student_hidden, m.student_head, ids, bias=bias, temperature=1e4)
+    # The other five are all but equally likely.
+    assert logprobs[0].item() == pytest.approx(heads.LOGIT_FLOOR, rel=1e-3)
+    assert logprobs[1:].tolist() == pytest.approx([-math.log(5)] * 6, abs=1e-2)
+    assert entropies.tolist() == pytest.approx([math.log(5)] * 7, abs=1e-2)
+
+
+# Compiled
+
+
+def block(rows: int, objective: Objective) -> tuple[Any, ...]:
+    """Return the arguments of `blocks.evaluate`, drawn again from the same seed."""
+    rng = torch.Generator().manual_seed(rows)
+    student, teacher = (3 * torch.randn(rows, 97, generator=rng, dtype=F64) for _ in range(2))
+    ids = torch.randint(0, 97, (rows, 1), generator=rng)
+    curve = heads.Curve(softcap=30.0, temperature=0.8)
+    if isinstance(objective, TokenLogprob):
+        return objective, curve, student, None, None, ids, None, True
+    return objective, curve, student, heads.Curve(), teacher, None, None, True
+
+
+OBJECTIVES: tuple[Objective, ...] = (ForwardKL(), ReverseKL(), JensenShannon(0.3, 2.0), TokenLogprob())
+
+
+@pytest.mark.skipif(not os.environ.get("OMNIOPD_TEST_COMPILE"), reason="takes a C++ compiler and 20 to 90 seconds")
+@pytest.mark.filterwarnings("ignore")
+def test_compiled_equals_plain() -> None:
+    blocks.compiled.cache_clear()
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message="torch.compile failed")
+        for objective, rows in itertools.product(OBJECTIVES, (5, 9)):
+            plain, fused = block(rows, objective), block(rows, objective)
+            values, entropies = blocks.evaluate(*plain)
+            found, found_entropies = blocks.compiled()(*fused)
+            # The third is the gradient by now.
+            assert gap((found, fused[2]), (values, plain[2])) < 1e-12
+            assert (found_entropies is None) == (entropies is None)
+            if entropies is not None and found_entropies is not None:
+                assert gap((found_entropies,), (entropies,)) < 1e-12
+
+
+def test_without_a_compiler_the_passes_run_as_they_are(monkeypatch: pytest.MonkeyPatch) -> None:
+    from torch._dynamo.exc import TorchDynamoException
+
+    calls = []
+
+    def broken(*args: Any) -> Any:
+        calls.append(args)
+        raise TorchDynamoException("no triton\nand a long trace")
+
+    monkeypatch.setattr(torch, "compile", lambda function: broken)
+    blocks.compiled.cache_clear()
+    try:
+        run = blocks.compiled()
+        expected = blocks.evaluate(*block(5, ForwardKL()))[0]
+        with pytest.warns(RuntimeWarning, match=r"torch.compile failed.*: no triton; install the triton"):
+            assert torch.equal(run(*block(5, ForwardKL()))[0], expected)
+        assert torch.equal(run(*block(5, ForwardKL()))[0], expected)
+        assert len(calls) == 1
+    finally:
+        blocks.compiled.cache_clear()
 
 
 # Log-probs

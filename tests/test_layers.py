@@ -37,7 +37,7 @@ LAYERS: tuple[frozenset[str], ...] = (
             "verify",
         }
     ),
-    frozenset({"generation", "responses", "serving.batcher"}),
+    frozenset({"generation", "method_settings", "responses", "serving.batcher"}),
     frozenset({"logits"}),
     frozenset(
         {
@@ -51,11 +51,12 @@ LAYERS: tuple[frozenset[str], ...] = (
             "trackers",
         }
     ),
+    frozenset({"logits.vllm_scores"}),
     frozenset({"api", "behavior", "evaluation", "rollout", "serving", "supervision"}),
-    frozenset({"loop", "method", "observers", "score_file"}),
-    frozenset({"estimate"}),
+    frozenset({"diagnosis", "loop", "method", "observers", "score_file"}),
+    frozenset({"estimate", "method_checks"}),
     frozenset({"overrides", "report", "spending"}),
-    frozenset({"inputs"}),
+    frozenset({"inputs", "logit_teachers"}),
     frozenset({"run"}),
     frozenset({"dry_run"}),
     frozenset({"commands"}),

@@ -9,6 +9,7 @@ import torch
 
 from omniopd.errors import ConfigError
 from omniopd.learner.divergences import TeacherForwardKL, TeacherReverseKL
+from omniopd.learner.loss_inputs import Fused, TokenSlice
 from omniopd.learner.losses import (
     LOSSES,
     STREAMS,
@@ -16,7 +17,6 @@ from omniopd.learner.losses import (
     PolicyGradient,
     SoftCrossEntropy,
     TokenCrossEntropy,
-    TokenSlice,
     build_losses,
 )
 
@@ -141,6 +141,43 @@ def test_every_stream_has_a_default_loss_that_says_what_it_needs() -> None:
     assert [losses[s].needs for s in STREAMS] == [None, "reference", "teacher", None, None]
     for stream, table in LOSSES.items():
         assert {loss.stream for loss in table.values()} == {stream}
+
+
+def test_what_the_losses_call_themselves_in_the_fused_kernel() -> None:
+    losses = build_losses({})
+    assert {stream: loss.fused for stream, loss in losses.items()} == {
+        "pg": Fused("logprob", uses_advantages=True),
+        "anchor": Fused("forward_kl"),
+        "kl": Fused("reverse_kl"),
+        "ce": Fused("logprob"),
+        "soft": None,
+    }
+
+
+@pytest.mark.parametrize(
+    ("settings", "expected"),
+    [
+        ({"type": "forward_kl", "temperature": 2.0}, Fused("forward_kl", temperature=2.0)),
+        ({"type": "jsd", "beta": 0.3}, Fused("scaled_jsd", beta=0.3)),
+        ({"type": "jsd", "beta": 0.3, "convention": "trl"}, Fused("trl_jsd", beta=0.3)),
+        # At its ends it is a KL; right beside them the kernel's float32 is too coarse, without the division it is not.
+        ({"type": "jsd", "beta": 0.0}, Fused("scaled_jsd", beta=0.0)),
+        ({"type": "jsd", "beta": 0.01}, Fused("scaled_jsd", beta=0.01)),
+        ({"type": "jsd", "beta": 0.009}, None),
+        ({"type": "jsd", "beta": 0.995}, None),
+        ({"type": "jsd", "beta": 0.001, "convention": "trl"}, Fused("trl_jsd", beta=0.001)),
+        ({"type": "skewed"}, None),
+        ({"type": "mixed"}, None),
+        ({"type": "total_variation"}, None),
+        ({"type": "teacher_topk_forward_kl"}, None),
+        ({"type": "sampled_token"}, None),
+    ],
+    ids=str,
+)
+def test_what_a_divergence_calls_itself_in_the_fused_kernel(
+    settings: dict[str, object], expected: Fused | None
+) -> None:
+    assert build_losses({"kl": settings})["kl"].fused == expected
 
 
 def test_a_loss_is_chosen_by_name() -> None:

@@ -16,15 +16,17 @@ from omniopd.method import (
     CREDITS,
     OBJECTIVES,
     TRANSFORMS,
+    Method,
+    build_method,
+    describe_part,
+)
+from omniopd.method_checks import check_losses
+from omniopd.method_settings import (
     ChunkedSettings,
     ImitationSettings,
     LogprobSettings,
-    Method,
     VerifierReward,
     VerifierSettings,
-    build_method,
-    check_losses,
-    describe_part,
 )
 from omniopd.overrides import load_config
 from omniopd.parts import build_part
@@ -44,7 +46,7 @@ def test_the_default_method() -> None:
     method = build_method(MethodConfig())
     assert method.supervision == ChunkedSettings()
     assert (method.chunker, method.credit, method.transforms) == (DEFAULT_CHUNKER, TeacherText(), ())
-    assert (method.needs_text_teacher, method.needs_teacher_weights, method.authors) == (True, False, {"student": 1.0})
+    assert (method.needs_text_teacher, method.needs_distributions, method.authors) == (True, False, {"student": 1.0})
     assert build() == method
 
 
@@ -96,10 +98,10 @@ def test_no_part_is_left_out_of_these_tests() -> None:
 def test_other_supervisions() -> None:
     logprob = build(type="logprob", weight=0.5)
     assert logprob.supervision == LogprobSettings(type="logprob", weight=0.5)
-    assert (logprob.needs_text_teacher, logprob.needs_teacher_weights, logprob.chunker) == (False, True, None)
+    assert (logprob.needs_text_teacher, logprob.needs_distributions, logprob.chunker) == (False, True, None)
     verifier = build(type="verifier", normalize_std=False)
     assert verifier.supervision == VerifierSettings(type="verifier", normalize_std=False)
-    assert (verifier.needs_text_teacher, verifier.needs_teacher_weights, verifier.credit) == (False, False, None)
+    assert (verifier.needs_text_teacher, verifier.needs_distributions, verifier.credit) == (False, False, None)
     imitation = build(type="imitation")
     assert imitation.supervision == ImitationSettings(type="imitation")
     assert (imitation.needs_text_teacher, imitation.authors) == (True, {"teacher": 1.0})
@@ -173,7 +175,7 @@ def test_every_objective_of_a_teachers_logprobs() -> None:
 def test_who_writes() -> None:
     mixed = build(type="logprob", authors={"student": 0.5, "teacher": 0.25, "dataset": 0.25})
     assert mixed.authors == {"student": 0.5, "teacher": 0.25, "dataset": 0.25}
-    assert (mixed.needs_text_teacher, mixed.needs_teacher_weights) == (True, True)
+    assert (mixed.needs_text_teacher, mixed.needs_distributions) == (True, True)
     assert "50% by the student, 25% by the teacher, 25% by the dataset" in mixed.in_words()
     given = build(type="logprob", authors={"student": 0.5, "dataset": 0.5, "teacher": 0})
     assert (given.authors, given.needs_text_teacher) == ({"student": 0.5, "dataset": 0.5}, False)

@@ -130,7 +130,7 @@ def test_long_curves_are_thinned_and_keep_the_last_step(run: RunFolder, monkeypa
 
 def test_costs_come_from_the_ledger_where_there_is_one(tmp_path: Path) -> None:
     run = run_fixture.write_run(tmp_path / "r", num_steps=2)
-    ledger = Ledger(run.ledger)
+    ledger = Ledger(run.teacher().ledger)
     # The bill of a step that was lost with a crash is in the ledger alone.
     ledger.add("t", [], Usage(requests=100, input_tokens=1000, output_tokens=500, cost_usd=3.0), 1.0)
     ledger.close()

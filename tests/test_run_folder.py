@@ -87,7 +87,7 @@ def test_the_layout_of_a_run() -> None:
     folder = RunFolder(Path("r"))
     assert folder.rollouts_of(12) == Path("r/rollouts/step-000012.jsonl")
     assert folder.checkpoint(50) == Path("r/checkpoints/step-000050")
-    names = [folder.latest_checkpoint, folder.final, folder.summary, folder.report, folder.ledger]
+    names = [folder.latest_checkpoint, folder.final, folder.summary, folder.report, folder.teacher().ledger]
     assert [str(p) for p in names] == [
         "r/checkpoints/latest.json",
         "r/final",
@@ -96,7 +96,7 @@ def test_the_layout_of_a_run() -> None:
         "r/ledger.sqlite",
     ]
     assert folder.tensorboard == Path("r/tensorboard")
-    assert folder.teacher_server_log == Path("r/teacher_server.log")
+    assert folder.teacher().server_log == Path("r/teacher_server.log")
 
 
 def test_differences_are_named_by_dotted_key() -> None:

@@ -16,12 +16,16 @@ from torch import Tensor
 
 import tiny
 from omniopd.errors import ConfigError
+from omniopd.kernels import chunked_divergence
 from omniopd.learner.divergences import DIVERGENCES, GeneralizedJSD, SkewedKL, log_mixture_ratio
 from omniopd.learner.learner import Learner
-from omniopd.learner.losses import TokenLoss, TokenSlice, build_losses
+from omniopd.learner.loss_inputs import TokenSlice
+from omniopd.learner.losses import TokenLoss, build_losses
 from omniopd.learner.policy import LanguageModel
 from omniopd.logits.estimators import check_estimator
-from omniopd.supervision.logprob import LogprobSupervision, MiniLLM, Objective, SampledTokens
+from omniopd.logits.model_scores import ModelScores
+from omniopd.logits.reading import SameVocabulary
+from omniopd.supervision.logprob import Divergence, LogprobSupervision, MiniLLM, Objective, SampledTokens, Wanted
 from omniopd.types import Rollout, StepContext, TokenSignal
 
 CTX = StepContext(step=0, num_steps=1)
@@ -71,9 +75,10 @@ def softened(p: Sequence[float], temperature: float) -> list[float]:
     return [a / sum(raised) for a in raised]
 
 
-def top_k(p: Sequence[float], q: Sequence[float], k: int, *, by: Sequence[float], tail: bool) -> float:
-    kept = sorted(range(len(p)), key=lambda v: -by[v])[:k]
-    few = [[x[v] for v in kept] for x in (p, q)]
+def top_k(first: Sequence[float], second: Sequence[float], k: int, *, by: Sequence[float], tail: bool) -> float:
+    """Return KL(first || second) over the k tokens that are the likeliest in `by`."""
+    kept = sorted(range(len(by)), key=lambda v: -by[v])[:k]
+    few = [[x[v] for v in kept] for x in (first, second)]
     if tail:
         return sum_kl([*few[0], 1 - sum(few[0])], [*few[1], 1 - sum(few[1])])
     return sum_kl(*([a / sum(x) for a in x] for x in few))
@@ -98,6 +103,17 @@ BY_SUMS: list[tuple[dict[str, Any], Callable[[Sequence[float], Sequence[float]],
     ({"type": "teacher_topk_reverse_kl", "k": 3}, lambda p, q: top_k(p, q, 3, by=q, tail=False)),
     ({"type": "teacher_topk_reverse_kl", "k": 3, "tail": True}, lambda p, q: top_k(p, q, 3, by=q, tail=True)),
     ({"type": "teacher_topk_reverse_kl", "k": 1, "tail": True}, lambda p, q: top_k(p, q, 1, by=q, tail=True)),
+    ({"type": "teacher_topk_forward_kl", "k": 3}, lambda p, q: top_k(q, p, 3, by=q, tail=True)),
+    ({"type": "teacher_topk_forward_kl", "k": 1}, lambda p, q: top_k(q, p, 1, by=q, tail=True)),
+    ({"type": "teacher_topk_forward_kl", "k": 3, "tail": False}, lambda p, q: top_k(q, p, 3, by=q, tail=False)),
+    (
+        {"type": "teacher_topk_forward_kl", "k": 2, "tail": False, "temperature": 2},
+        lambda p, q: top_k(softened(q, 2), softened(p, 2), 2, by=q, tail=False),
+    ),
+    (
+        {"type": "teacher_topk_forward_kl", "k": 2, "temperature": 2},
+        lambda p, q: top_k(softened(q, 2), softened(p, 2), 2, by=q, tail=True),
+    ),
     (
         {"type": "student_topk_reverse_kl", "k": 3, "stop_gradient": False},
         lambda p, q: top_k(p, q, 3, by=p, tail=False),
@@ -128,6 +144,29 @@ def test_value_and_gradient_are_those_of_the_sum(
     assert gradient == pytest.approx(slopes, abs=1e-8)
 
 
+FUSED = [(settings, by_sum) for settings, by_sum in BY_SUMS if loss_of(**settings).fused is not None]
+
+
+@pytest.mark.parametrize(("settings", "by_sum"), FUSED, ids=lambda x: str(x) if isinstance(x, dict) else "")
+def test_what_a_loss_calls_itself_in_the_kernel_is_that_sum(
+    settings: dict[str, Any], by_sum: Callable[[Sequence[float], Sequence[float]], float]
+) -> None:
+    p, q = distributions(9)
+    fused = loss_of(**settings).fused
+    assert fused is not None and not fused.uses_advantages
+    student, teacher = (torch.tensor([x], dtype=torch.float64).log() for x in (p, q))
+    # With the unit matrix as the head hidden states are logits.
+    head = torch.eye(6, dtype=torch.float64)
+    value = chunked_divergence(
+        student, head, teacher, head, kind=fused.kind, beta=fused.beta, temperature=fused.temperature
+    )
+    assert value.item() == pytest.approx(by_sum(p, q), abs=1e-13)
+
+
+def test_the_kernel_knows_these_losses() -> None:
+    assert {settings["type"] for settings, _ in FUSED} == {"reverse_kl", "forward_kl", "jsd"}
+
+
 def test_no_divergence_is_left_out_of_these_sums() -> None:
     assert {settings["type"] for settings, _ in BY_SUMS} | {"sampled_token"} == set(DIVERGENCES)
 
@@ -156,6 +195,16 @@ def test_published_numbers_of_the_truncated_losses() -> None:
     p, q = (0.2, 0.3, 0.5), (0.6, 0.3, 0.1)
     # P~ = (.4, .6), Q~ = (2/3, 1/3): .4 log .6 + .6 log 1.8 = -.204330 + .352672
     assert evaluate(loss_of(type="teacher_topk_reverse_kl", k=2), p, q)[0] == pytest.approx(0.148342, abs=1e-6)
+    # Forward, over the same two: 2/3 log(5/3) + 1/3 log(5/9) = .340550 - .195929
+    forward = "teacher_topk_forward_kl"
+    assert evaluate(loss_of(type=forward, k=2, tail=False), p, q)[0] == pytest.approx(0.144622, abs=1e-6)
+    # With the third as the bucket it is the whole: .6 log 3 + .3 log 1 + .1 log .2 = .659167 - .160944
+    assert evaluate(loss_of(type=forward, k=2), p, q)[0] == pytest.approx(0.498224, abs=1e-6)
+    # One token and the others: .6 log 3 + .4 log(.4/.8) = .659167 - .277259; the slopes are P - Q, the others' shared
+    # as P shares them: .8 - .4 to 3/8 and 5/8.
+    value, gradient = evaluate(loss_of(type=forward, k=1), p, q)
+    assert value == pytest.approx(0.381908, abs=1e-6)
+    assert gradient == pytest.approx([-0.4, 0.15, 0.25], abs=1e-12)
     # The student's two: tokens 2 and 1, rho = (.625, .375); rewards .625 log(.1/.5) = -1.005899 and .375 log 1 = 0.
     value, gradient = evaluate(loss_of(type="student_topk_reverse_kl", k=2), p, q)
     assert value == pytest.approx(1.005899, abs=1e-6)
@@ -182,6 +231,8 @@ def test_jsd_goes_to_the_two_kls_and_keeps_its_digits_on_the_way(dtype: torch.dt
 
 def test_beta_mirrors_student_and_teacher() -> None:
     p, q = distributions(4)
+    middle = [evaluate(loss_of(type="jsd", beta=0.5), *pair)[0] for pair in ((p, q), (q, p))]
+    assert middle[0] == pytest.approx(middle[1], abs=1e-14)
     for convention in ("limits", "trl"):
         left = evaluate(loss_of(type="jsd", beta=0.2, convention=convention), p, q)[0]
         assert evaluate(loss_of(type="jsd", beta=0.8, convention=convention), q, p)[0] == pytest.approx(left, abs=1e-14)
@@ -204,12 +255,12 @@ def test_mixture_ratio_is_finite_where_the_two_have_nothing_in_common() -> None:
         assert student.grad is not None and torch.isfinite(student.grad).all()
 
 
-@pytest.mark.parametrize("kind", ["teacher_topk_reverse_kl", "student_topk_reverse_kl"])
+@pytest.mark.parametrize("kind", ["teacher_topk_reverse_kl", "teacher_topk_forward_kl", "student_topk_reverse_kl"])
 @pytest.mark.parametrize("tail", [False, True])
 @pytest.mark.parametrize("k", [6, 100])
 def test_all_tokens_give_the_unrestricted_loss(kind: str, tail: bool, k: int) -> None:
     p, q = distributions(5)
-    exact, slope = evaluate(loss_of(type="reverse_kl"), p, q)
+    exact, slope = evaluate(loss_of(type=kind.partition("topk_")[2]), p, q)
     forms: list[dict[str, Any]] = [{}] if kind.startswith("teacher") else [{}, {"stop_gradient": False}]
     for form in forms:
         value, gradient = evaluate(loss_of(type=kind, k=k, tail=tail, **form), p, q)
@@ -217,12 +268,14 @@ def test_all_tokens_give_the_unrestricted_loss(kind: str, tail: bool, k: int) ->
         assert gradient == pytest.approx(slope, abs=1e-13)
 
 
-def test_the_tail_makes_a_lower_bound_that_rises_with_k() -> None:
+@pytest.mark.parametrize("kind", ["teacher_topk_reverse_kl", "teacher_topk_forward_kl"])
+def test_the_tail_makes_a_lower_bound_that_rises_with_k(kind: str) -> None:
     for seed in range(20):
         p, q = distributions(seed, 8)
-        values = [evaluate(loss_of(type="teacher_topk_reverse_kl", k=k, tail=True), p, q)[0] for k in range(1, 9)]
+        values = [evaluate(loss_of(type=kind, k=k, tail=True), p, q)[0] for k in range(1, 9)]
         assert all(a <= b + 1e-13 for a, b in itertools.pairwise([0.0, *values]))
-        assert values[-1] == pytest.approx(sum_kl(p, q), abs=1e-12)
+        assert values[-1] == pytest.approx(sum_kl(q, p) if "forward" in kind else sum_kl(p, q), abs=1e-12)
+        assert values[0] < values[-1]
 
 
 def test_with_a_tail_the_stopped_gradient_is_the_whole_one() -> None:
@@ -254,12 +307,16 @@ def test_a_student_that_is_the_teacher_has_nothing_to_learn(settings: dict[str, 
 
 def test_estimators_at_single_tokens() -> None:
     # P = (.5, .5), Q = (.9, .1): d = log(5/9) = -.587787 and log 5 = 1.609438
+    k2 = loss_of(type="sampled_token")
     k3 = loss_of(type="sampled_token", estimator="k3", aim="forward_kl")
-    for token, two, three in ((0, 0.172747, 0.212213), (1, 1.295145, 0.809438)):
-        assert evaluate(loss_of(type="sampled_token"), (0.5, 0.5), (0.9, 0.1), token=token)[0] == pytest.approx(
-            two, abs=1e-6
-        )
-        assert evaluate(k3, (0.5, 0.5), (0.9, 0.1), token=token)[0] == pytest.approx(three, abs=1e-6)
+    size = loss_of(type="sampled_token", estimator="abs", aim="total_variation")
+    means = [0.0, 0.0, 0.0]
+    for token, expected in ((0, (0.172747, 0.212213, 0.587787)), (1, (1.295145, 0.809438, 1.609438))):
+        found = [evaluate(loss, (0.5, 0.5), (0.9, 0.1), token=token)[0] for loss in (k2, k3, size)]
+        assert found == pytest.approx(expected, abs=1e-6)
+        means = [mean + 0.5 * value for mean, value in zip(means, found, strict=True)]
+    # Only k3 has the reverse KL as its mean.
+    assert means == pytest.approx([0.733946, 0.510826, 1.098612], abs=1e-6)
 
 
 @pytest.mark.parametrize(
@@ -309,6 +366,11 @@ def test_the_run_file_refuses_what_the_formulas_refuse(estimator: str) -> None:
         ({"type": "student_topk_reverse_kl", "renormalize": False}, "use renormalize: true or tail: true"),
         ({"type": "teacher_topk_reverse_kl", "k": 1}, r"k is 1: one token renormalized.*objective: sampled"),
         ({"type": "student_topk_reverse_kl", "k": 1}, r"k is 1: .*tail: true"),
+        ({"type": "teacher_topk_forward_kl", "k": 1, "tail": False}, r"k is 1: .*tail: true"),
+        (
+            {"type": "teacher_topk_forward_kl", "tail": False, "renormalize": False},
+            "use renormalize: true or tail: true",
+        ),
     ],
 )
 def test_losses_that_cannot_work_are_refused_with_a_way_out(settings: dict[str, Any], told: str) -> None:
@@ -367,41 +429,82 @@ def test_a_step_is_the_same_however_it_is_cut(settings: dict[str, Any]) -> None:
         assert tiny.largest_gap(tiny.gradients(made.policy.model), expected) < 1e-10
 
 
-@pytest.mark.parametrize("vocabulary", [tiny.VOCABULARY, 30])
-def test_the_scoring_pass_reads_the_teacher_in_the_students_vocabulary(vocabulary: int) -> None:
-    made = tiny.learner(teacher=teacher(vocabulary=vocabulary), micro_batch_size=2, logits_slice_tokens=3)
-    for rollout, found in zip(rollouts(), made.teacher_logprobs(rollouts()), strict=True):
-        logits = tiny.naive_logprobs(teacher(vocabulary=vocabulary).model, rollout)[:, : tiny.VOCABULARY]
-        own = torch.log_softmax(logits, -1).gather(-1, torch.tensor(rollout.token_ids)[:, None])
-        assert found == pytest.approx(own.squeeze(-1).tolist(), abs=1e-12)
-
-
-def white_box(made: Learner, objective: Objective, of: Sequence[Rollout], weight: float = 1.0) -> list[TokenSignal]:
+def white_box(
+    made: Learner,
+    objective: Objective,
+    of: Sequence[Rollout],
+    *,
+    by: LanguageModel,
+    weight: float = 1.0,
+    wanted: Wanted | None = None,
+) -> list[TokenSignal]:
     supervision = LogprobSupervision(
-        objective=objective, weight=weight, student=made.score, teacher=made.teacher_logprobs
+        objective=objective,
+        weight=weight,
+        reader=SameVocabulary("student"),
+        student=made.score,
+        teacher=ModelScores(by, id="tiny"),
+        wanted=wanted,
     )
     return asyncio.run(supervision.signals(of, CTX))
 
 
+@pytest.mark.parametrize("fused_from", [0, 1000])
+def test_advantages_are_the_log_ratios_of_the_two_models(fused_from: int) -> None:
+    made = tiny.learner(micro_batch_size=2, logits_slice_tokens=3, fused_from=fused_from)
+    signals = white_box(made, SampledTokens(), rollouts(), by=teacher(), weight=0.5)
+    for rollout, signal in zip(rollouts(), signals, strict=True):
+        place = torch.tensor(rollout.token_ids)[:, None]
+        p, q = (
+            tiny.naive_logprobs(network, rollout).gather(-1, place).squeeze(-1)
+            for network in (made.policy.model, teacher().model)
+        )
+        assert signal.advantages == pytest.approx((0.5 * (q - p)).tolist(), abs=1e-12)
+        assert signal.pg_weights == (1.0,) * rollout.num_tokens
+        assert signal.kl_weights is None
+
+
+@pytest.mark.parametrize(
+    ("settings", "wanted"),
+    [
+        ({"type": "reverse_kl"}, Wanted(top_k=tiny.VOCABULARY)),
+        ({"type": "teacher_topk_reverse_kl", "k": 4}, Wanted(top_k=4)),
+        ({"type": "teacher_topk_forward_kl", "k": 4}, Wanted(top_k=4)),
+        ({"type": "sampled_token"}, Wanted()),
+    ],
+    ids=str,
+)
+def test_a_scored_step_is_the_live_step(settings: dict[str, Any], wanted: Wanted) -> None:
+    found = []
+    for live in (True, False):
+        made = tiny.learner(teacher=teacher() if live else None, losses={"kl": settings}, micro_batch_size=2)
+        signals = white_box(made, Divergence(), rollouts(), by=teacher(), weight=0.25, wanted=None if live else wanted)
+        assert all((s.kl_evidence is None) is live for s in signals)
+        found.append((made.update(1, signals).loss, tiny.gradients(made.policy.model)))
+    (expected, slopes), (loss, gradients) = found
+    assert loss == pytest.approx(expected, rel=1e-10)
+    assert tiny.largest_gap(gradients, slopes) < 1e-10
+
+
 @pytest.mark.parametrize("objective", [SampledTokens(), SampledTokens(discount=1.0), MiniLLM()])
 def test_a_teacher_that_is_the_student_gives_no_gradient(objective: Objective) -> None:
-    made = tiny.learner(teacher=LanguageModel(tiny.model(), compute_dtype=torch.float64))
-    update = made.update(1, white_box(made, objective, rollouts()))
+    itself = LanguageModel(tiny.model(), compute_dtype=torch.float64)
+    made = tiny.learner(teacher=itself)
+    update = made.update(1, white_box(made, objective, rollouts(), by=itself))
     assert update.loss == pytest.approx(0.0, abs=1e-12)
     assert update.grad_norm < 1e-12
 
 
 def enumerated(objective: Objective) -> dict[str, Tensor]:
     """Return the expected gradient over all 25 rollouts of V = 5, T = 2, each weighted by its own probability."""
-    made = tiny.learner(
-        student=tiny.policy(vocabulary=5), teacher=teacher(vocabulary=5), micro_batch_size=25, learning_rate=1e-9
-    )
+    frozen = teacher(vocabulary=5)
+    made = tiny.learner(student=tiny.policy(vocabulary=5), teacher=frozen, micro_batch_size=25, learning_rate=1e-9)
     every = [
         tiny.rollout_of(ids, prompt_ids=(3, 4), name=f"p/{i}")
         for i, ids in enumerate(itertools.product(range(5), repeat=2))
     ]
     signals = []
-    for signal, (logprobs, _) in zip(white_box(made, objective, every), made.score(every), strict=True):
+    for signal, (logprobs, _) in zip(white_box(made, objective, every, by=frozen), made.score(every), strict=True):
         share = 25 * math.exp(sum(logprobs))
         scaled = {
             name: tuple(share * w for w in weights)

@@ -14,8 +14,9 @@ from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
 from transformers.models.qwen3.modeling_qwen3 import Qwen3RMSNorm
 
 from omniopd.config import LearnerConfig
-from omniopd.learner.learner import Learner
+from omniopd.learner.learner import FUSED_VOCABULARY, Learner
 from omniopd.learner.policy import LanguageModel, Policy
+from omniopd.learner.teachers import LiveTeacher
 from omniopd.teachers.base import ContinuationRequest, TeacherAnswer
 from omniopd.types import Continuation, FinishReason, Message, Prompt, Rollout, TokenSignal, Usage
 
@@ -109,6 +110,7 @@ def learner(
     save_offenders: Callable[[Sequence[TokenSignal]], Path] | None = None,
     max_steps_off_policy: int = 100,
     num_steps: int = 10,
+    fused_from: int = FUSED_VOCABULARY,
     **settings: Any,
 ) -> Learner:
     """Make a learner; `settings` are those of `LearnerConfig`."""
@@ -118,8 +120,9 @@ def learner(
         config,
         num_steps=num_steps,
         max_steps_off_policy=max_steps_off_policy,
-        teacher=teacher,
+        teachers={} if teacher is None else {"teacher": LiveTeacher(teacher)},
         save_offenders=save_offenders,
+        fused_from=fused_from,
     )
 
 

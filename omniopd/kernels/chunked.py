@@ -11,8 +11,9 @@ import torch
 from torch import Tensor
 
 from omniopd.errors import ConfigError, LearnerError
+from omniopd.kernels.blocks import Scratch, compiled, evaluate
 from omniopd.kernels.heads import Head, working_dtype
-from omniopd.kernels.objectives import Objective, Scratch
+from omniopd.kernels.objectives import Objective
 
 CHUNK_BYTES = 112 * 2**20
 """The logits of one model for one chunk of tokens. Less memory makes the matrix products slower."""
@@ -74,6 +75,9 @@ class Pass:
     teacher_NG: Tensor | None
     objective: Objective
     chunk_tokens: int | None
+    token_ids_N: Tensor | None = None
+    entropies_N: Tensor | None = None
+    """To fill in, by an objective that has them."""
 
     def __call__(self, wanted: Wanted, factors_N: Tensor | None) -> tuple[Tensor, Gradients]:
         """Return the values [N], factors not applied, and the gradients."""
@@ -83,10 +87,10 @@ class Pass:
         values_N = hidden_NH.new_empty(len(hidden_NH), dtype=dtype)
         gradients = Gradients.allocate(wanted, student, hidden_NH, dtype)
         size = self._chunk(dtype)
-        numbers = CACHED_NUMBERS if device.type == "cpu" else LAUNCHED_NUMBERS
-        scratch = Scratch(min(size, max(1, numbers // vocabulary)), vocabulary, dtype=dtype, device=device)
         student_nV = hidden_NH.new_empty((size, vocabulary), dtype=dtype)
         teacher_nV = None if teacher is None else torch.empty_like(student_nV)
+        numbers = CACHED_NUMBERS if device.type == "cpu" else LAUNCHED_NUMBERS
+        scratch = Scratch(min(size, max(1, numbers // vocabulary)), self.objective.buffers, student_nV)
         for rows in slices(0, len(hidden_NH), size):
             logits_nV = student_nV[: rows.stop - rows.start]
             student.project(hidden_NH[rows], out=logits_nV)
@@ -110,17 +114,21 @@ class Pass:
         gradient: bool,
     ) -> None:
         """Fill in the values of a chunk; with `gradient` its logits become their gradient."""
+        is_compiled = student_nV.device.type == "cuda"
+        run = compiled() if is_compiled else evaluate
+        curve, teacher_curve = self.student.curve, None if self.teacher is None else self.teacher.curve
         for block in slices(0, len(student_nV), scratch.rows):
             place = slice(rows.start + block.start, rows.start + block.stop)
             student_bV = student_nV[block]
-            slope_bV = self.student.bend(student_bV, gradient=gradient)
-            teacher_bV = None
-            if self.teacher is not None and teacher_nV is not None:
-                teacher_bV = teacher_nV[block]
-                self.teacher.bend(teacher_bV, gradient=False)
-            values_N[place] = self.objective(student_bV, teacher_bV, place, scratch, gradient=gradient)
-            if gradient:
-                self.student.unbend(student_bV, slope_bV)
+            teacher_bV = None if teacher_nV is None else teacher_nV[block]
+            ids_b1 = None if self.token_ids_N is None else self.token_ids_N[place, None]
+            buffers = None if is_compiled else scratch.take(len(student_bV))
+            values_b, entropies_b = run(
+                self.objective, curve, student_bV, teacher_curve, teacher_bV, ids_b1, buffers, gradient
+            )
+            values_N[place] = values_b
+            if self.entropies_N is not None and entropies_b is not None:
+                self.entropies_N[place] = entropies_b
 
     def _collect(self, gradient_nV: Tensor, rows: slice, factors_N: Tensor | None, gradients: Gradients) -> None:
         """Take the gradient of a chunk's logits on to the student's tensors."""

@@ -59,7 +59,7 @@ def chunked_divergence(
         teacher_hidden: [T, G].
         teacher_head: [V, G], the same tokens in the same order as in `student_head`.
         beta: the teacher's share of M, 0 to 1; read by the three JSD kinds only.
-        student_bias: [V]; minus infinity shuts a token out, see `objectives.LOGIT_FLOOR`.
+        student_bias: [V]; minus infinity shuts a token out, see `heads.LOGIT_FLOOR`.
         teacher_bias: [V].
         student_softcap: logits become softcap * tanh(logits / softcap).
         teacher_softcap: the same for the teacher.

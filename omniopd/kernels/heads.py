@@ -12,13 +12,44 @@ from omniopd.errors import ConfigError, DataError
 
 HALF = (torch.float16, torch.bfloat16)
 FLOATS = (*HALF, torch.float32, torch.float64)
+LOGIT_FLOOR = -1e4
+"""A bias that puts a logit lower counts as that much, minus infinity included: every value and gradient stays finite,
+and the probability is 0 all the same."""
 CAST_BYTES = 32 * 2**20
 """Half-precision weights are widened that much at a time."""
 
 
 @dataclass(frozen=True, slots=True)
+class Curve:
+    """logits = softcap * tanh(projection / softcap) / temperature."""
+
+    softcap: float | None = None
+    temperature: float = 1.0
+
+    def bend_(self, logits_bV: Tensor, *, gradient: bool) -> Tensor | None:
+        """Turn projections into logits in place; return the slope [b, V] where it is not one number."""
+        if self.softcap is None:
+            if self.temperature != 1.0:
+                logits_bV.div_(self.temperature)
+            return None
+        logits_bV.div_(self.softcap).tanh_()
+        slope_bV = None
+        if gradient:
+            slope_bV = logits_bV.square().neg_().add_(1.0)
+        logits_bV.mul_(self.softcap / self.temperature)
+        return slope_bV
+
+    def unbend_(self, gradient_bV: Tensor, slope_bV: Tensor | None) -> None:
+        """Turn the gradient on the logits into that on the projection, in place."""
+        if slope_bV is not None:
+            gradient_bV.mul_(slope_bV)
+        if self.temperature != 1.0:
+            gradient_bV.div_(self.temperature)
+
+
+@dataclass(frozen=True, slots=True)
 class Head:
-    """logits = softcap * tanh((hidden @ weight.T + bias) / softcap) / temperature."""
+    """projection = hidden @ weight.T + bias, and the curve that makes logits of it."""
 
     weight_VH: Tensor
     bias_V: Tensor | None = None
@@ -31,32 +62,16 @@ class Head:
     def vocabulary(self) -> int:
         return self.weight_VH.shape[0]
 
+    @property
+    def curve(self) -> Curve:
+        return Curve(self.softcap, self.temperature)
+
     def project(self, hidden_nH: Tensor, *, out: Tensor) -> None:
-        """Write hidden @ weight.T + bias [n, V] into `out`; `bend` makes logits of it."""
+        """Write hidden @ weight.T + bias [n, V] into `out`; the curve makes logits of it."""
         for tile in self._tiles(out.dtype):
             self._multiply(hidden_nH, self.weight_VH[tile].t(), out=out[:, tile], add=False)
         if self.bias_V is not None:
-            out.add_(self.bias_V)
-
-    def bend(self, logits_bV: Tensor, *, gradient: bool) -> Tensor | None:
-        """Apply softcap and temperature in place; return the slope [b, V] where it is not one number."""
-        if self.softcap is None:
-            if self.temperature != 1.0:
-                logits_bV.div_(self.temperature)
-            return None
-        logits_bV.div_(self.softcap).tanh_()
-        slope_bV = None
-        if gradient:
-            slope_bV = logits_bV.square().neg_().add_(1.0)
-        logits_bV.mul_(self.softcap / self.temperature)
-        return slope_bV
-
-    def unbend(self, gradient_bV: Tensor, slope_bV: Tensor | None) -> None:
-        """Turn the gradient on the logits into that on the projection, in place."""
-        if slope_bV is not None:
-            gradient_bV.mul_(slope_bV)
-        if self.temperature != 1.0:
-            gradient_bV.div_(self.temperature)
+            out.add_(self.bias_V.to(out.dtype).clamp(min=LOGIT_FLOOR * self.temperature))
 
     def hidden_gradient(self, gradient_nV: Tensor, *, out: Tensor) -> None:
         """Write gradient @ weight [n, H] into `out`."""

@@ -53,8 +53,7 @@ def chunked_logprobs(
     tokens = Tokens.of(hidden, weights, dtype)
     states_NH = tokens.pick(hidden)
     entropies_N = states_NH.new_empty(len(states_NH), dtype=dtype).detach()
-    objective = TokenLogprob(tokens.pick(token_ids), entropies_N)
-    work = Pass(model, states_NH, None, None, objective, chunk_tokens)
+    work = Pass(model, states_NH, None, None, TokenLogprob(), chunk_tokens, tokens.pick(token_ids), entropies_N)
     values_N = chunked_values(work, tokens.factors_N, is_eager=weights is not None)
     return tokens.spread(values_N, fill=0.0), tokens.spread(entropies_N, fill=float("nan"))
 

@@ -1,144 +1,173 @@
 """What a block of rows is worth, and its gradient on the logits, in place and in as few passes as plain torch allows.
 
-A block is a few rows of a chunk, small enough to stay in a core's cache between the passes; the passes cost little
-beside the matrix products only because of that.
+A block is a few rows of a chunk, small enough to stay in the cores' caches between the passes. No row is normalised:
+with a = exp(s) and its sum Z, S = a / Z and log S = s - log Z, so the sums run over raw exponentials and the constants
+of a row come last.
+
+More shape letters: s and t are the logits of student and teacher, a = exp(s) and b = exp(t) [b, V], Z_s and Z_t their
+sums [b, 1].
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import math
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import ClassVar, Protocol
 
 import torch
 from torch import Tensor
 
-LOGIT_FLOOR = -1e4
-"""A logit that lies further below the largest of its row counts as that far below it, minus infinity included: every
-value and gradient stays finite, and the probability is 0 all the same."""
-
-
-class Scratch:
-    """Memory for [b, V] tensors of one block, used again for every block."""
-
-    def __init__(self, rows: int, vocabulary: int, *, dtype: torch.dtype, device: torch.device) -> None:
-        self.rows = rows
-        self._shape = (rows, vocabulary)
-        self._dtype, self._device = dtype, device
-        self._tensors: list[Tensor] = []
-
-    def take(self, count: int, rows: int) -> Iterator[Tensor]:
-        """Give `count` uninitialised tensors of `rows` rows."""
-        while len(self._tensors) < count:
-            self._tensors.append(torch.empty(self._shape, dtype=self._dtype, device=self._device))
-        return (tensor[:rows] for tensor in self._tensors[:count])
-
 
 class Objective(Protocol):
-    """One value a row."""
+    """One value a row, and perhaps a second one that comes for free."""
+
+    buffers: ClassVar[int]
+    """How many [b, V] tensors it writes to."""
 
     def __call__(
-        self, student_bV: Tensor, teacher_bV: Tensor | None, rows: slice, scratch: Scratch, *, gradient: bool
-    ) -> Tensor:
-        """Return the values [b] of `rows`; both logits are used up.
+        self,
+        student_bV: Tensor,
+        teacher_bV: Tensor | None,
+        ids_b1: Tensor | None,
+        buffers: Sequence[Tensor],
+        *,
+        gradient: bool,
+    ) -> tuple[Tensor, Tensor | None]:
+        """Return the values [b] and the entropies [b] of the student, if at hand; logits and buffers are used up.
 
         With `gradient`, `student_bV` holds the gradient of the values on the student's logits afterwards.
         """
         ...
 
 
-def normalize_(logits_bV: Tensor, *, probs: Tensor) -> None:
-    """Turn logits into their log-softmax in place, and write the softmax to `probs`."""
-    logits_bV.sub_(logits_bV.amax(-1, keepdim=True)).clamp_(min=LOGIT_FLOOR)
-    torch.exp(logits_bV, out=probs)
-    total_b1 = probs.sum(-1, keepdim=True)
-    probs.div_(total_b1)
-    logits_bV.sub_(total_b1.log_())
+def exponentiate_(logits_bV: Tensor, *, out: Tensor) -> Tensor:
+    """Shift every row so that its largest logit is 0, write the exponentials to `out`, and return their sums [b, 1].
 
-
-def normalize_pair_(student_bV: Tensor, teacher_bV: Tensor, scratch: Scratch) -> tuple[Tensor, Tensor]:
-    """Turn both logits into log-probabilities in place, and return the probabilities in the first two buffers."""
-    s_bV, t_bV = scratch.take(2, len(student_bV))
-    normalize_(student_bV, probs=s_bV)
-    normalize_(teacher_bV, probs=t_bV)
-    return s_bV, t_bV
+    The shift changes no value, and float32 resolves what is near 0 best.
+    """
+    logits_bV.sub_(logits_bV.amax(-1, keepdim=True))
+    torch.exp(logits_bV, out=out)
+    return out.sum(-1, keepdim=True)
 
 
 @dataclass(frozen=True, slots=True)
 class ForwardKL:
-    """KL(T || S) = sum T (log T - log S), gradient S - T."""
+    """KL(T || S) = sum b (t - s) / Z_t + log(Z_s / Z_t), gradient a / Z_s - b / Z_t."""
+
+    buffers: ClassVar[int] = 2
 
     def __call__(
-        self, student_bV: Tensor, teacher_bV: Tensor | None, rows: slice, scratch: Scratch, *, gradient: bool
-    ) -> Tensor:
+        self,
+        student_bV: Tensor,
+        teacher_bV: Tensor | None,
+        ids_b1: Tensor | None,
+        buffers: Sequence[Tensor],
+        *,
+        gradient: bool,
+    ) -> tuple[Tensor, Tensor | None]:
         assert teacher_bV is not None
-        s_bV, t_bV = normalize_pair_(student_bV, teacher_bV, scratch)
-        values_b = teacher_bV.sub_(student_bV).mul_(t_bV).sum(-1)
+        a_bV, b_bV = buffers
+        student_sums_b1 = exponentiate_(student_bV, out=a_bV)
+        teacher_sums_b1 = exponentiate_(teacher_bV, out=b_bV)
+        crossed_b1 = teacher_bV.sub_(student_bV).mul_(b_bV).sum(-1, keepdim=True)
+        values_b1 = (student_sums_b1 / teacher_sums_b1).log_().addcdiv_(crossed_b1, teacher_sums_b1)
         if gradient:
-            torch.sub(s_bV, t_bV, out=student_bV)
-        return values_b
+            torch.div(a_bV, student_sums_b1, out=student_bV)
+            student_bV.addcmul_(b_bV, teacher_sums_b1.reciprocal(), value=-1.0)
+        return values_b1.squeeze(-1), None
 
 
 @dataclass(frozen=True, slots=True)
 class ReverseKL:
-    """KL(S || T) = sum S d with d = log S - log T, gradient S (d - KL)."""
+    """KL(S || T) = e - log(Z_s / Z_t) with e = sum a (s - t) / Z_s, gradient a (s - t - e) / Z_s."""
+
+    buffers: ClassVar[int] = 2
 
     def __call__(
-        self, student_bV: Tensor, teacher_bV: Tensor | None, rows: slice, scratch: Scratch, *, gradient: bool
-    ) -> Tensor:
+        self,
+        student_bV: Tensor,
+        teacher_bV: Tensor | None,
+        ids_b1: Tensor | None,
+        buffers: Sequence[Tensor],
+        *,
+        gradient: bool,
+    ) -> tuple[Tensor, Tensor | None]:
         assert teacher_bV is not None
-        s_bV, _ = normalize_pair_(student_bV, teacher_bV, scratch)
-        student_bV.sub_(teacher_bV).mul_(s_bV)
-        values_b1 = student_bV.sum(-1, keepdim=True)
+        a_bV, b_bV = buffers
+        student_sums_b1 = exponentiate_(student_bV, out=a_bV)
+        teacher_sums_b1 = exponentiate_(teacher_bV, out=b_bV)
+        student_bV.sub_(teacher_bV).mul_(a_bV)
+        means_b1 = student_bV.sum(-1, keepdim=True).div_(student_sums_b1)
         if gradient:
-            student_bV.addcmul_(s_bV, values_b1, value=-1.0)
-        return values_b1.squeeze(-1)
+            student_bV.addcmul_(a_bV, means_b1, value=-1.0).div_(student_sums_b1)
+        return (means_b1 - (student_sums_b1 / teacher_sums_b1).log_()).squeeze(-1), None
 
 
 @dataclass(frozen=True, slots=True)
 class JensenShannon:
     """scale * (beta KL(T || M) + (1 - beta) KL(S || M)) with M = beta T + (1 - beta) S.
 
-    The gradient is scale * (1 - beta) * S (a - E_S[a]) with a = log S - log M: what passes through M itself adds up
-    to nothing.
+    With k = beta Z_s / ((1 - beta) Z_t) and m = log(a + k b): log M = m + log(1 - beta) - log Z_s, so
+    KL(S || M) = e - log(1 - beta) with e = sum a (s - m) / Z_s, and
+    KL(T || M) = sum b (t - m) / Z_t - log(1 - beta) + log(Z_s / Z_t).
+    The gradient is scale * (1 - beta) * a (s - m - e) / Z_s: what passes through M itself adds up to nothing.
     """
 
     beta: float
     scale: float = 1.0
+    buffers: ClassVar[int] = 3
 
     def __call__(
-        self, student_bV: Tensor, teacher_bV: Tensor | None, rows: slice, scratch: Scratch, *, gradient: bool
-    ) -> Tensor:
+        self,
+        student_bV: Tensor,
+        teacher_bV: Tensor | None,
+        ids_b1: Tensor | None,
+        buffers: Sequence[Tensor],
+        *,
+        gradient: bool,
+    ) -> tuple[Tensor, Tensor | None]:
         assert teacher_bV is not None
-        s_bV, t_bV = normalize_pair_(student_bV, teacher_bV, scratch)
-        _, _, mixture_bV = scratch.take(3, len(student_bV))  # The first two are those of the pair.
-        torch.lerp(s_bV, t_bV, self.beta, out=mixture_bV)
-        # Where both underflow, 0 (log 0 - log 0) must be 0.
-        mixture_bV.clamp_(min=torch.finfo(mixture_bV.dtype).tiny).log_()
-        of_teacher_b = teacher_bV.sub_(mixture_bV).mul_(t_bV).sum(-1)
-        of_student_b1 = student_bV.sub_(mixture_bV).mul_(s_bV).sum(-1, keepdim=True)
+        a_bV, b_bV, m_bV = buffers
+        student_sums_b1 = exponentiate_(student_bV, out=a_bV)
+        teacher_sums_b1 = exponentiate_(teacher_bV, out=b_bV)
+        ratios_b1 = student_sums_b1 / teacher_sums_b1
+        torch.addcmul(a_bV, b_bV, ratios_b1, value=self.beta / (1.0 - self.beta), out=m_bV)
+        # Where both underflow, 0 (s - log 0) must be 0.
+        m_bV.clamp_(min=torch.finfo(m_bV.dtype).tiny).log_()
+        of_teacher_b1 = (
+            teacher_bV.sub_(m_bV).mul_(b_bV).sum(-1, keepdim=True).div_(teacher_sums_b1).add_(ratios_b1.log())
+        )
+        of_student_b1 = student_bV.sub_(m_bV).mul_(a_bV).sum(-1, keepdim=True).div_(student_sums_b1)
         if gradient:
-            student_bV.addcmul_(s_bV, of_student_b1, value=-1.0).mul_(self.scale * (1.0 - self.beta))
-        values_b = self.beta * of_teacher_b + (1.0 - self.beta) * of_student_b1.squeeze(-1)
-        return values_b.mul_(self.scale)
+            factors_b1 = student_sums_b1.reciprocal().mul_(self.scale * (1.0 - self.beta))
+            student_bV.addcmul_(a_bV, of_student_b1, value=-1.0).mul_(factors_b1)
+        values_b1 = self.beta * of_teacher_b1 + (1.0 - self.beta) * of_student_b1 - math.log1p(-self.beta)
+        return values_b1.mul_(self.scale).squeeze(-1), None
 
 
 @dataclass(frozen=True, slots=True)
 class TokenLogprob:
-    """log S(y), gradient onehot(y) - S. Fills in the entropies on the way."""
+    """log S(y) = s_y - log Z_s, gradient onehot(y) - a / Z_s; the entropy is log Z_s - sum a s / Z_s."""
 
-    token_ids_N: Tensor
-    entropies_N: Tensor
+    buffers: ClassVar[int] = 1
 
     def __call__(
-        self, student_bV: Tensor, teacher_bV: Tensor | None, rows: slice, scratch: Scratch, *, gradient: bool
-    ) -> Tensor:
-        (s_bV,) = scratch.take(1, len(student_bV))
-        normalize_(student_bV, probs=s_bV)
-        ids_b1 = self.token_ids_N[rows, None]
-        values_b1 = student_bV.gather(-1, ids_b1)
-        self.entropies_N[rows] = student_bV.mul_(s_bV).sum(-1).neg_()
+        self,
+        student_bV: Tensor,
+        teacher_bV: Tensor | None,
+        ids_b1: Tensor | None,
+        buffers: Sequence[Tensor],
+        *,
+        gradient: bool,
+    ) -> tuple[Tensor, Tensor | None]:
+        assert ids_b1 is not None
+        (a_bV,) = buffers
+        sums_b1 = exponentiate_(student_bV, out=a_bV)
+        logs_b1 = sums_b1.log()
+        values_b1 = student_bV.gather(-1, ids_b1).sub_(logs_b1)
+        entropies_b1 = logs_b1 - student_bV.mul_(a_bV).sum(-1, keepdim=True).div_(sums_b1)
         if gradient:
-            torch.neg(s_bV, out=student_bV)
+            torch.div(a_bV, sums_b1.neg(), out=student_bV)
             student_bV.scatter_add_(-1, ids_b1, torch.ones_like(values_b1))
-        return values_b1.squeeze(-1)
+        return values_b1.squeeze(-1), entropies_b1.squeeze(-1)

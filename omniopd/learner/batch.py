@@ -17,12 +17,16 @@ from omniopd.types import Rollout, TokenSignal
 class MicroBatch:
     """Some rollouts with their signals, right-padded."""
 
+    signals: tuple[TokenSignal, ...]
+    """[B]"""
     input_ids_BL: Tensor
     attention_mask_BL: Tensor
     rows_N: Tensor
-    """Which of the B rollouts each signalled token belongs to."""
+    """Which of the B rollouts each signalled token belongs to; ascending."""
     columns_N: Tensor
     """The position whose hidden state predicts it."""
+    positions_N: Tensor
+    """Which token of the completion it is; ascending within a rollout."""
     token_ids_N: Tensor
     weights: dict[str, Tensor]
     """Stream -> [N] weight, normalised over the whole step."""
@@ -92,7 +96,7 @@ def pack(
 ) -> MicroBatch:
     """Pad the rollouts to the right and list their signalled tokens."""
     input_ids, mask = pad_rollouts([s.rollout for s in signals], pad_id)
-    rows, columns, token_ids, advantages, self_weights = [], [], [], [], []
+    rows, columns, positions, token_ids, advantages, self_weights = [], [], [], [], [], []
     weights: dict[str, list[float]] = {stream: [] for stream in STREAMS}
     target_ids: list[tuple[int, ...]] = []
     target_probs: list[tuple[float, ...]] = []
@@ -105,6 +109,7 @@ def pack(
                 continue
             rows.append(row)
             columns.append(start + t - 1)
+            positions.append(t)
             token_ids.append(token_id)
             advantages.append(signal.advantages[t] if signal.advantages is not None else 0.0)
             target = soft.get(t)
@@ -115,10 +120,12 @@ def pack(
                 weights[stream].append(streams[stream][t] if stream in streams else 0.0)
     width = max((len(ids) for ids in target_ids), default=0)
     return MicroBatch(
+        signals=tuple(signals),
         input_ids_BL=input_ids.to(device),
         attention_mask_BL=mask.to(device),
         rows_N=torch.tensor(rows, dtype=torch.long, device=device),
         columns_N=torch.tensor(columns, dtype=torch.long, device=device),
+        positions_N=torch.tensor(positions, dtype=torch.long, device=device),
         token_ids_N=torch.tensor(token_ids, dtype=torch.long, device=device),
         weights={
             stream: torch.tensor(values, dtype=dtype, device=device) * normalizer.scale(stream)
@@ -134,7 +141,11 @@ def pack(
 
 def pad_rollouts(rollouts: Sequence[Rollout], pad_id: int) -> tuple[Tensor, Tensor]:
     """Return prompt plus completion of each rollout [B, L], padded to the right, and the attention mask."""
-    sequences = [r.prompt.token_ids + r.token_ids for r in rollouts]
+    return pad_sequences([r.prompt.token_ids + r.token_ids for r in rollouts], pad_id)
+
+
+def pad_sequences(sequences: Sequence[Sequence[int]], pad_id: int) -> tuple[Tensor, Tensor]:
+    """Return the sequences [B, L], padded to the right, and the attention mask."""
     width = max(len(s) for s in sequences)
     input_ids = torch.full((len(sequences), width), pad_id, dtype=torch.long)
     mask = torch.zeros((len(sequences), width), dtype=torch.long)

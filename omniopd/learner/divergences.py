@@ -4,6 +4,9 @@ P is the student, Q the teacher, both over the whole vocabulary at one position 
 token, 0 where P = Q, and lower is closer. Gradients flow into P alone. `temperature` softens both distributions before
 they are compared; the value is that of the softened pair, without the factor temperature ** 2 of some codebases.
 
+A teacher behind a server, or on disk, tells less than its whole distribution; `evidence` says what a loss makes do
+with.
+
 Shape letters: N tokens of a slice, V vocabulary, K kept tokens (and the bucket of the others).
 """
 
@@ -15,15 +18,32 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from omniopd.errors import ConfigError
+from omniopd.learner.loss_inputs import Fused
 from omniopd.logits.estimators import LOWERS, estimate
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from omniopd.learner.losses import TokenSlice
+    from omniopd.learner.loss_inputs import KnownTokens, TokenSlice
 
 _FAR = 30.0
 """Log-ratios beyond this are computed from the other end; e ** 30 squared still fits into float32."""
+_LEAST_REST = 1e-7
+"""Mass that a teacher leaves to the tokens it did not name, at least: what float32 log-probs can tell from none."""
+_FUSED_BETA = 0.01
+"""Nearer to its ends than this the scaled JSD needs the exact ratios of this file."""
+
+
+@dataclass(frozen=True, slots=True)
+class Evidence:
+    """What a loss must know of the teacher at each token."""
+
+    kind: Literal["whole", "teacher_top_k", "student_top_k", "token"]
+    """Its whole distribution; its K likeliest tokens; the student's K likeliest; the rollout's own token."""
+    k: int = 0
+
+
+WHOLE = Evidence("whole")
 
 
 @dataclass(frozen=True)
@@ -33,6 +53,15 @@ class TeacherDivergence:
     stream: ClassVar[str] = "kl"
     needs: ClassVar[str | None] = "teacher"
     temperature: float = 1.0
+
+    @property
+    def evidence(self) -> Evidence:
+        """What must be known of the teacher at each token."""
+        return WHOLE
+
+    @property
+    def fused(self) -> Fused | None:
+        return None
 
     def __post_init__(self) -> None:
         if not (math.isfinite(self.temperature) and self.temperature > 0):
@@ -51,6 +80,10 @@ class TeacherDivergence:
 class TeacherReverseKL(TeacherDivergence):
     """KL(P || Q): the usual on-policy distillation loss. Settles on what Q likes. Source: arXiv 2306.13649."""
 
+    @property
+    def fused(self) -> Fused:
+        return Fused("reverse_kl", temperature=self.temperature)
+
     def __call__(self, tokens: TokenSlice) -> Tensor:
         return kl(*self.pair(tokens))
 
@@ -58,6 +91,10 @@ class TeacherReverseKL(TeacherDivergence):
 @dataclass(frozen=True)
 class TeacherForwardKL(TeacherDivergence):
     """KL(Q || P): covers all that Q does. Source: arXiv 2306.13649."""
+
+    @property
+    def fused(self) -> Fused:
+        return Fused("forward_kl", temperature=self.temperature)
 
     def __call__(self, tokens: TokenSlice) -> Tensor:
         student, teacher = self.pair(tokens)
@@ -79,6 +116,14 @@ class GeneralizedJSD(TeacherDivergence):
     def __post_init__(self) -> None:
         super().__post_init__()
         _check_share("beta", self.beta)
+
+    @property
+    def fused(self) -> Fused | None:
+        if self.convention == "trl":
+            return Fused("trl_jsd", beta=self.beta, temperature=self.temperature)
+        if 0.0 < min(self.beta, 1.0 - self.beta) < _FUSED_BETA:
+            return None
+        return Fused("scaled_jsd", beta=self.beta, temperature=self.temperature)
 
     def __call__(self, tokens: TokenSlice) -> Tensor:
         student, teacher = self.pair(tokens)
@@ -142,13 +187,15 @@ class MixedKL(TeacherDivergence):
 
 
 @dataclass(frozen=True)
-class TopKReverseKL(TeacherDivergence):
-    """Reverse KL over K tokens. The rest is renormalized away, or with `tail` compared as one bucket."""
+class TopKDivergence(TeacherDivergence):
+    """A KL over K tokens. The rest is renormalized away, or with `tail` compared as one bucket."""
 
     k: int = 32
     renormalize: bool = True
     tail: bool = False
     """Keep the mass outside as one more outcome; then the masses add up to 1 without renormalizing."""
+    of_teacher: ClassVar[bool] = True
+    """Whose likeliest tokens they are."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -166,24 +213,41 @@ class TopKReverseKL(TeacherDivergence):
                 "or more, tail: true, or method.supervision={type: logprob, objective: sampled}"
             )
 
-    def outcomes(self, tokens: TokenSlice, *, of_teacher: bool) -> tuple[Tensor, Tensor]:
+    @property
+    def evidence(self) -> Evidence:
+        if self.tail and self.temperature != 1.0:
+            return WHOLE  # What the others weigh at another temperature cannot be told from their sum.
+        return Evidence("teacher_top_k" if self.of_teacher else "student_top_k", self.k)
+
+    def outcomes(self, tokens: TokenSlice) -> tuple[Tensor, Tensor]:
         """Return log P and log Q [N, K] of what is compared; without the tail they are not renormalized yet."""
+        if tokens.known is not None:
+            return self._known_outcomes(tokens, tokens.known)
         student, teacher = self.pair(tokens)
         size = student.shape[-1]
-        ids_NK = (teacher if of_teacher else student.detach()).topk(min(self.k, size), -1).indices
+        ids_NK = (teacher if self.of_teacher else student.detach()).topk(min(self.k, size), -1).indices
         if self.tail and self.k < size:
             return _with_tail(student, ids_NK), _with_tail(teacher, ids_NK)
         return student.gather(-1, ids_NK), teacher.gather(-1, ids_NK)
 
-    def compare(self, student: Tensor, teacher: Tensor) -> Tensor:
-        """Return the reverse KL of two sets of outcomes, renormalized where they do not add up to 1."""
-        if self.tail:
-            return kl(student, teacher)
-        return kl(student.log_softmax(-1), teacher.log_softmax(-1))
+    def _known_outcomes(self, tokens: TokenSlice, known: KnownTokens) -> tuple[Tensor, Tensor]:
+        """Return the same where only these tokens of the teacher are known."""
+        import torch
+
+        assert known.ids_NK is not None and known.logprobs_NK is not None
+        ids_NK, teacher = known.ids_NK[:, : self.k], known.logprobs_NK[:, : self.k]
+        if not self.tail or ids_NK.shape[-1] == tokens.logprobs_NV.shape[-1]:
+            return tokens.logprobs_NV.gather(-1, ids_NK) / self.temperature, teacher / self.temperature
+        rest = (-teacher.exp().sum(-1, keepdim=True).clamp(max=1.0 - _LEAST_REST)).log1p()
+        return _with_tail(tokens.logprobs_NV, ids_NK), torch.cat([teacher, rest], -1)
+
+    def normalize(self, student: Tensor, teacher: Tensor) -> tuple[Tensor, Tensor]:
+        """Make both add up to 1 where the tail does not do that already."""
+        return (student, teacher) if self.tail else (student.log_softmax(-1), teacher.log_softmax(-1))
 
 
 @dataclass(frozen=True)
-class TeacherTopKReverseKL(TopKReverseKL):
+class TeacherTopKReverseKL(TopKDivergence):
     """KL(P || Q) over the teacher's K most likely tokens, with its full gradient. Source: arXiv 2603.25562.
 
     As published with k 32 and both renormalized; with `tail` it is the reverse KL of the coarser outcomes, a lower
@@ -191,11 +255,26 @@ class TeacherTopKReverseKL(TopKReverseKL):
     """
 
     def __call__(self, tokens: TokenSlice) -> Tensor:
-        return self.compare(*self.outcomes(tokens, of_teacher=True))
+        return kl(*self.normalize(*self.outcomes(tokens)))
 
 
 @dataclass(frozen=True)
-class StudentTopKReverseKL(TopKReverseKL):
+class TeacherTopKForwardKL(TopKDivergence):
+    """KL(Q || P) over the teacher's K most likely tokens and one bucket of the others: a lower bound of the exact one.
+
+    The distillation loss of servers that name a few tokens each. Source: TRL's server distillation (beta 0, with the
+    bucket); verl leaves out both bucket and renormalization.
+    """
+
+    tail: bool = True
+
+    def __call__(self, tokens: TokenSlice) -> Tensor:
+        student, teacher = self.normalize(*self.outcomes(tokens))
+        return kl(teacher, student)
+
+
+@dataclass(frozen=True)
+class StudentTopKReverseKL(TopKDivergence):
     """KL(P || Q) over the student's own K most likely tokens. Source: arXiv 2604.13016 (k 16, stop gradient).
 
     With `stop_gradient`, as published, every kept token has the fixed reward rho (log Q - log P), rho being P
@@ -203,13 +282,20 @@ class StudentTopKReverseKL(TopKReverseKL):
     gradient also flows through the reward and the renormalization. At k = V the two gradients are the same.
     """
 
+    of_teacher: ClassVar[bool] = False
     k: int = 16
     stop_gradient: bool = True
 
+    @property
+    def evidence(self) -> Evidence:
+        if self.stop_gradient and self.temperature != 1.0:
+            return WHOLE  # The rewards are log-ratios of softened distributions, normalized over all tokens.
+        return super().evidence
+
     def __call__(self, tokens: TokenSlice) -> Tensor:
-        student, teacher = self.outcomes(tokens, of_teacher=False)
+        student, teacher = self.outcomes(tokens)
         if not self.stop_gradient:
-            return self.compare(student, teacher)
+            return kl(*self.normalize(student, teacher))
         fixed = student.detach()
         share = fixed.exp() if self.tail else fixed.softmax(-1)
         cost = share * (fixed - teacher)
@@ -253,9 +339,16 @@ class SampledToken(TeacherDivergence):
                 f"forward_kl or abs for the total_variation, or, if that is meant, aim: {lowers}"
             )
 
+    @property
+    def evidence(self) -> Evidence:
+        return Evidence("token")
+
     def __call__(self, tokens: TokenSlice) -> Tensor:
-        assert tokens.reference_logprobs_NV is not None
-        teacher = tokens.reference_logprobs_NV.gather(-1, tokens.token_ids_N[:, None]).squeeze(-1)
+        if tokens.known is not None:
+            teacher = tokens.known.token_logprobs_N
+        else:
+            assert tokens.reference_logprobs_NV is not None
+            teacher = tokens.reference_logprobs_NV.gather(-1, tokens.token_ids_N[:, None]).squeeze(-1)
         return estimate(self.estimator, tokens.token_logprobs_N, teacher)
 
 
@@ -267,6 +360,7 @@ DIVERGENCES: Mapping[str, type[Any]] = {
     "total_variation": TotalVariation,
     "mixed": MixedKL,
     "teacher_topk_reverse_kl": TeacherTopKReverseKL,
+    "teacher_topk_forward_kl": TeacherTopKForwardKL,
     "student_topk_reverse_kl": StudentTopKReverseKL,
     "sampled_token": SampledToken,
 }

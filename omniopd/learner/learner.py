@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
-from contextlib import nullcontext
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,14 +12,30 @@ from torch import Tensor
 
 from omniopd.config import LearnerConfig
 from omniopd.errors import ConfigError, LearnerError, NonFiniteLossError
+from omniopd.kernels import chunked_divergence, chunked_logprobs
 from omniopd.learner.batch import MicroBatch, Normalizer, pack, pad_rollouts
-from omniopd.learner.losses import STREAMS, TokenLoss, TokenSlice, build_losses
-from omniopd.learner.policy import LanguageModel, Policy
+from omniopd.learner.foreign import accumulate_groups
+from omniopd.learner.loss_inputs import TokenSlice
+from omniopd.learner.losses import STREAMS, build_losses
+from omniopd.learner.policy import Policy
+from omniopd.learner.teachers import ForeignTeacher, TeacherModel
+from omniopd.learner.terms import (
+    KnownReference,
+    ModelReference,
+    Term,
+    foreign_terms_of,
+    terms_of,
+    vocabulary_of,
+)
+from omniopd.logits.scores import Floats, Ids
 from omniopd.timing import StepTimer
 from omniopd.types import Author, Rollout, TokenSignal, Update
 
 MAX_STEPS_WITHOUT_SIGNAL = 10
 """One step without a signal is luck (every group all right or all wrong); so many are a fault."""
+
+FUSED_VOCABULARY = 2048
+"""From this size on the fused kernel computes what it can; smaller distributions fit into a cache as they are."""
 
 SaveOffenders = Callable[[Sequence[TokenSignal]], Path]
 
@@ -28,10 +43,11 @@ SaveOffenders = Callable[[Sequence[TokenSignal]], Path]
 class Learner:
     """AdamW on the student's weights. Knows streams and losses, never a method.
 
-    The step is the same for any `micro_batch_size`: every normaliser is computed over the whole step first. Logits are
-    computed `logits_slice_tokens` tokens at a time and their gradient is taken at once, so peak memory does not grow
-    with rollout length times vocabulary. `keep_reference=False` saves the copy of the initial student where no signal
-    anchors to it.
+    The step is the same for any `micro_batch_size`: every normaliser is computed over the whole step first. Losses that
+    the fused kernel knows go through it where the vocabulary has `fused_from` tokens or more. For all others logits are
+    computed `logits_slice_tokens` tokens at a time and their gradient is taken at once; either way peak memory does not
+    grow with rollout length times vocabulary. `keep_reference=False` saves the copy of the initial student where no
+    signal anchors to it. `teachers` are the open-weight ones by name.
     """
 
     def __init__(
@@ -42,9 +58,10 @@ class Learner:
         num_steps: int,
         max_steps_off_policy: int = 0,
         keep_reference: bool = True,
-        teacher: LanguageModel | None = None,
+        teachers: Mapping[str, TeacherModel] | None = None,
         save_offenders: SaveOffenders | None = None,
         timer: StepTimer | None = None,
+        fused_from: int = FUSED_VOCABULARY,
     ) -> None:
         self.policy = policy
         self.policy_version = 0
@@ -53,12 +70,14 @@ class Learner:
         self._steps_without_signal = 0
         self._config = config
         self._max_steps_off_policy = max_steps_off_policy
-        self._teacher = teacher
+        self._teachers = dict(teachers or {})
         self._losses = build_losses(config.losses)
         self._save_offenders = save_offenders
         self._timer = timer or StepTimer()
-        if teacher is not None:
-            _check_vocabularies(policy, teacher)
+        self._vocabulary = vocabulary_of(policy)
+        self._fuses = self._vocabulary >= fused_from and policy.plain_head is not None
+        for teacher in self._teachers.values():
+            _check_vocabularies(self._vocabulary, teacher)
         self.optimizer = torch.optim.AdamW(
             policy.trainable, lr=config.learning_rate, betas=config.betas, weight_decay=config.weight_decay
         )
@@ -119,18 +138,25 @@ class Learner:
         return results
 
     @torch.no_grad()
-    def teacher_logprobs(self, rollouts: Sequence[Rollout]) -> list[tuple[float, ...]]:
-        """Return the open-weight teacher's logprobs [T] of each rollout's own tokens, exact, at temperature 1.
-
-        Raises LearnerError when none is loaded.
-        """
-        if self._teacher is None:
-            raise LearnerError(
-                "the method asks for an open-weight teacher, but none is loaded; set teacher.spec to hf:"
-            )
+    def candidates(self, rollouts: Sequence[Rollout], k: int) -> list[tuple[Ids, Floats]]:
+        """Return the student's k likeliest tokens [T, k], the likeliest first, and their logprobs [T, k] for each."""
+        was_training = self.policy.model.training
+        self.policy.model.eval()
+        found: list[tuple[Ids, Floats]] = []
         size = self._config.micro_batch_size
-        parts = [rollouts[start : start + size] for start in range(0, len(rollouts), size)]
-        return [logprobs for part in parts for logprobs, _ in self._score(part, self._teacher)]
+        for start in range(0, len(rollouts), size):
+            part = rollouts[start : start + size]
+            for states_TH in self._states(part):
+                tops = [
+                    self.policy.logprobs(states_TH[first : first + self._config.logits_slice_tokens]).topk(
+                        min(k, self._vocabulary), -1
+                    )
+                    for first in range(0, len(states_TH), self._config.logits_slice_tokens)
+                ]
+                ids, values = (torch.cat([getattr(top, name) for top in tops]).cpu() for name in ("indices", "values"))
+                found.append((ids.numpy(), values.numpy()))
+        self.policy.model.train(was_training)
+        return found
 
     def state_dict(self) -> dict[str, Any]:
         """Return all that `load_state_dict` needs to go on bit for bit on a CPU."""
@@ -200,102 +226,171 @@ class Learner:
         if not totals:
             return totals
         with policy.autocast():
-            hidden_NH = _pick(policy.hidden(batch.input_ids_BL, batch.attention_mask_BL), batch)
-            references = self._reference_hidden(batch)
+            hidden_BLH = policy.hidden(batch.input_ids_BL, batch.attention_mask_BL)
+            hidden_NH = hidden_BLH[batch.rows_N, batch.columns_N]
+            terms = terms_of(batch, self._losses, policy, self._teachers)
             leaf_NH = hidden_NH.detach().requires_grad_(True)
-            for start in range(0, batch.num_tokens, self._config.logits_slice_tokens):
+            fused = [term for term in terms if self._is_fused(term)]
+            for term in fused:
+                loss = self._fused_loss(batch, term, leaf_NH)
+                totals[term.stream] += float(loss.detach())
+                loss.backward()  # type: ignore[no-untyped-call]
+            others = [term for term in terms if term not in fused]
+            for start in range(0, batch.num_tokens if others else 0, self._config.logits_slice_tokens):
                 part = slice(start, start + self._config.logits_slice_tokens)
-                losses = self._slice_losses(batch, part, leaf_NH[part], references)
-                for stream, value in losses.items():
-                    totals[stream] += float(value.detach())
-                loss = sum(losses.values())
-                if isinstance(loss, Tensor):
-                    loss.backward()  # type: ignore[no-untyped-call]
-        hidden_NH.backward(leaf_NH.grad)  # type: ignore[no-untyped-call]
+                losses = self._slice_losses(batch, others, part, leaf_NH[part])
+                for term, value in losses:
+                    totals[term.stream] += float(value.detach())
+                total = sum(value for _, value in losses)
+                if isinstance(total, Tensor):
+                    total.backward()  # type: ignore[no-untyped-call]
+            reached = [(hidden_NH, leaf_NH.grad)]
+            for foreign in foreign_terms_of(batch, self._losses, hidden_BLH, self._teachers):
+                totals[foreign.stream] += accumulate_groups(
+                    foreign.rollouts,
+                    foreign.loss,
+                    student_logprobs=policy.logprobs,
+                    teacher_logprobs=foreign.teacher.logprobs,
+                    matched=foreign.teacher.matched,
+                    slice_tokens=self._config.logits_slice_tokens,
+                )
+                reached += [
+                    (s, r.student_states_TH.grad) for s, r in zip(foreign.states, foreign.rollouts, strict=True)
+                ]
+        ends = [(states, gradient) for states, gradient in reached if gradient is not None]
+        if ends:
+            torch.autograd.backward([states for states, _ in ends], [gradient for _, gradient in ends])
         return totals
 
     def _slice_losses(
-        self, batch: MicroBatch, part: slice, hidden_NH: Tensor, references: dict[str, tuple[LanguageModel, Tensor]]
-    ) -> dict[str, Tensor]:
+        self, batch: MicroBatch, terms: Sequence[Term], part: slice, hidden_NH: Tensor
+    ) -> list[tuple[Term, Tensor]]:
         logprobs_NV = self.policy.logprobs(hidden_NH)
-        losses = {}
-        for stream, weights_N in batch.weights.items():
-            rows = weights_N[part].nonzero().squeeze(-1)
-            if rows.numel() == 0:
+        losses = []
+        for term in terms:
+            first, last = torch.searchsorted(
+                term.rows_M, torch.tensor([part.start, part.stop]).to(term.rows_M)
+            ).tolist()
+            if first == last:
                 continue
-            loss = self._losses[stream]
-            reference = None
-            if loss.needs is not None:
-                model, states_NH = references[loss.needs]
-                reference = self._reference_logprobs(loss, model, states_NH[part][rows])
+            own = slice(first, last)
+            rows = term.rows_M[own]
             # When every token is used, indexing would only copy [N, V].
-            everything = rows.numel() == logprobs_NV.shape[0]
+            everything = len(rows) == len(logprobs_NV)
             tokens = TokenSlice(
-                logprobs_NV=logprobs_NV if everything else logprobs_NV[rows],
-                token_ids_N=batch.token_ids_N[part][rows],
-                advantages_N=batch.advantages_N[part][rows],
-                reference_logprobs_NV=reference,
-                target_ids_NK=batch.target_ids_NK[part][rows],
-                target_probs_NK=batch.target_probs_NK[part][rows],
-                self_weights_N=batch.self_weights_N[part][rows],
+                logprobs_NV=logprobs_NV if everything else logprobs_NV[rows - part.start],
+                token_ids_N=batch.token_ids_N[rows],
+                advantages_N=batch.advantages_N[rows],
+                target_ids_NK=batch.target_ids_NK[rows],
+                target_probs_NK=batch.target_probs_NK[rows],
+                self_weights_N=batch.self_weights_N[rows],
+                **self._reference(term, own),
             )
-            losses[stream] = (weights_N[part][rows] * loss(tokens)).sum()
+            losses.append((term, (term.weights_M[own] * term.loss(tokens)).sum()))
         return losses
 
-    def _reference_hidden(self, batch: MicroBatch) -> dict[str, tuple[LanguageModel, Tensor]]:
-        needed = {self._losses[stream].needs for stream in batch.weights} - {None}
-        found: dict[str, tuple[LanguageModel, Tensor]] = {}
-        with torch.no_grad():
-            if "reference" in needed:
-                with self.policy.reference() as model:
-                    found["reference"] = (
-                        model,
-                        _pick(model.hidden(batch.input_ids_BL, batch.attention_mask_BL), batch),
-                    )
-            if "teacher" in needed:
-                if self._teacher is None:
-                    raise LearnerError(
-                        "a signal asks for an open-weight teacher, but none is loaded; set teacher.spec to hf:"
-                    )
-                states = self._teacher.hidden(batch.input_ids_BL, batch.attention_mask_BL)
-                found["teacher"] = (self._teacher, _pick(states, batch))
-        return found
+    def _reference(self, term: Term, rows: slice) -> dict[str, Any]:
+        """Return what a loss may read of the term's reference."""
+        reference = term.reference
+        if isinstance(reference, ModelReference):
+            return {"reference_logprobs_NV": reference.logprobs(reference.states_MG[rows])}
+        if not isinstance(reference, KnownReference):
+            return {}
+        if reference.is_whole:
+            return {"reference_logprobs_NV": reference.whole(rows, self._vocabulary)}
+        return {"known": reference.known(rows)}
 
-    @torch.no_grad()
-    def _reference_logprobs(self, loss: TokenLoss, model: LanguageModel, states_NH: Tensor) -> Tensor:
-        with self.policy.reference() if loss.needs == "reference" else nullcontext():
-            return self._in_student_vocabulary(model.logprobs(states_NH))
+    def _is_fused(self, term: Term) -> bool:
+        if not self._fuses or term.loss.fused is None:
+            return False
+        reference = term.reference
+        return reference is None or (isinstance(reference, ModelReference) and reference.head is not None)
 
-    def _in_student_vocabulary(self, logprobs: Tensor) -> Tensor:
-        # A padded embedding table may be longer than the student's; the extra rows are no tokens.
-        width = self.policy.model.config.get_text_config().vocab_size
-        if logprobs.shape[-1] > width:
-            logprobs = torch.log_softmax(logprobs[..., :width], dim=-1)
-        return logprobs
+    def _fused_loss(self, batch: MicroBatch, term: Term, leaf_NH: Tensor) -> Tensor:
+        """Return the weighted sum of a term; the kernel takes its gradient along with it."""
+        fused, head = term.loss.fused, self.policy.plain_head
+        assert fused is not None and head is not None
+        dtype = self._kernel_dtype(head.weight_VH)
+        states_MH = leaf_NH[term.rows_M].to(dtype)
+        weight_VH = head.weight_VH.to(dtype)
+        with torch.autocast(leaf_NH.device.type, enabled=False):
+            if fused.kind == "logprob":
+                factors_M = -term.weights_M
+                if fused.uses_advantages:
+                    factors_M = factors_M * batch.advantages_N[term.rows_M]
+                values_M, _ = chunked_logprobs(
+                    states_MH,
+                    weight_VH,
+                    batch.token_ids_N[term.rows_M],
+                    bias=head.bias_V,
+                    softcap=head.softcap,
+                    weights=factors_M,
+                )
+                return values_M.sum()
+            assert isinstance(term.reference, ModelReference) and term.reference.head is not None
+            other = term.reference.head
+            return chunked_divergence(
+                states_MH,
+                weight_VH,
+                term.reference.states_MG.to(other.weight_VH.dtype),
+                other.weight_VH,
+                kind=fused.kind,  # type: ignore[arg-type]
+                beta=fused.beta,
+                student_bias=head.bias_V,
+                teacher_bias=other.bias_V,
+                student_softcap=head.softcap,
+                teacher_softcap=other.softcap,
+                temperature=fused.temperature,
+                weights=term.weights_M,
+                reduction="sum",
+            )
 
-    def _score(
-        self, rollouts: Sequence[Rollout], model: LanguageModel | None = None
-    ) -> list[tuple[tuple[float, ...], tuple[float, ...]]]:
-        """Return logprobs and entropies by the student, or by another model in the student's vocabulary."""
-        policy = self.policy
-        model = model or policy
-        input_ids, mask = pad_rollouts(rollouts, policy.tokenizer.pad_token_id or 0)
+    def _kernel_dtype(self, weight: Tensor) -> torch.dtype:
+        """Multiply in the compute dtype, as autocast would; sums are wider in the kernel."""
+        reduced = self.policy.compute_dtype in (torch.bfloat16, torch.float16)
+        return self.policy.compute_dtype if reduced else weight.dtype
+
+    def _score(self, rollouts: Sequence[Rollout]) -> list[tuple[tuple[float, ...], tuple[float, ...]]]:
+        """Return the student's logprobs and entropies."""
         results = []
-        with policy.autocast():
-            hidden = model.hidden(input_ids.to(policy.device), mask.to(policy.device))
-            for row, rollout in enumerate(rollouts):
-                start = len(rollout.prompt.token_ids) - 1
-                states_TH = hidden[row, start : start + rollout.num_tokens]
-                ids_T = torch.tensor(rollout.token_ids, device=policy.device)
-                logprobs: list[float] = []
-                entropies: list[float] = []
-                for first in range(0, rollout.num_tokens, self._config.logits_slice_tokens):
-                    part = slice(first, first + self._config.logits_slice_tokens)
-                    values_NV = self._in_student_vocabulary(model.logprobs(states_TH[part]))
-                    logprobs += values_NV.gather(-1, ids_T[part, None]).squeeze(-1).tolist()
-                    entropies += torch.special.entr(values_NV.exp()).sum(-1).tolist()
-                results.append((tuple(logprobs), tuple(entropies)))
+        for rollout, states_TH in zip(rollouts, self._states(rollouts), strict=True):
+            ids_T = torch.tensor(rollout.token_ids, device=self.policy.device)
+            with self.policy.autocast():
+                score = self._fused_score if self._fuses else self._sliced_score
+                results.append(score(states_TH, ids_T))
         return results
+
+    def _states(self, rollouts: Sequence[Rollout]) -> list[Tensor]:
+        """Return the student's hidden states [T, H] that predict each rollout's tokens."""
+        policy = self.policy
+        input_ids, mask = pad_rollouts(rollouts, policy.tokenizer.pad_token_id or 0)
+        with policy.autocast():
+            hidden_BLH = policy.hidden(input_ids.to(policy.device), mask.to(policy.device))
+        starts = [len(rollout.prompt.token_ids) - 1 for rollout in rollouts]
+        return [
+            hidden_BLH[row, start : start + rollout.num_tokens]
+            for row, (rollout, start) in enumerate(zip(rollouts, starts, strict=True))
+        ]
+
+    def _fused_score(self, states_TH: Tensor, ids_T: Tensor) -> tuple[tuple[float, ...], tuple[float, ...]]:
+        head = self.policy.plain_head
+        assert head is not None
+        dtype = self._kernel_dtype(head.weight_VH)
+        with torch.autocast(states_TH.device.type, enabled=False):
+            logprobs_T, entropies_T = chunked_logprobs(
+                states_TH.to(dtype), head.weight_VH.to(dtype), ids_T, bias=head.bias_V, softcap=head.softcap
+            )
+        return tuple(logprobs_T.tolist()), tuple(entropies_T.tolist())
+
+    def _sliced_score(self, states_TH: Tensor, ids_T: Tensor) -> tuple[tuple[float, ...], tuple[float, ...]]:
+        logprobs: list[float] = []
+        entropies: list[float] = []
+        for first in range(0, len(ids_T), self._config.logits_slice_tokens):
+            part = slice(first, first + self._config.logits_slice_tokens)
+            values_NV = self.policy.logprobs(states_TH[part])
+            logprobs += values_NV.gather(-1, ids_T[part, None]).squeeze(-1).tolist()
+            entropies += torch.special.entr(values_NV.exp()).sum(-1).tolist()
+        return tuple(logprobs), tuple(entropies)
 
     def _fail(self, step: int, signals: Sequence[TokenSignal], what: str) -> None:
         place = f" They are saved in {self._save_offenders(signals)}." if self._save_offenders is not None else ""
@@ -320,15 +415,9 @@ def schedule(config: LearnerConfig, num_steps: int) -> Callable[[int], float]:
     return factor
 
 
-def _pick(hidden_BLH: Tensor, batch: MicroBatch) -> Tensor:
-    return hidden_BLH[batch.rows_N, batch.columns_N]
-
-
-def _check_vocabularies(policy: Policy, teacher: LanguageModel) -> None:
-    ours = policy.model.config.get_text_config().vocab_size
-    theirs = teacher.model.config.get_text_config().vocab_size
-    if theirs < ours:
+def _check_vocabularies(ours: int, teacher: TeacherModel) -> None:
+    if teacher.vocabulary < ours and not isinstance(teacher, ForeignTeacher):
         raise ConfigError(
-            f"the teacher's vocabulary has {theirs} entries and the student's {ours}: they are not of one family; "
-            "use the text path (method.supervision.type: chunked) for this teacher"
+            f"the teacher's vocabulary has {teacher.vocabulary} entries and the student's {ours}: they are not of one "
+            "family; use the text path (method.supervision.type: chunked) for this teacher"
         )

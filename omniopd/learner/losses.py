@@ -3,7 +3,7 @@
 A loss is a frozen dataclass whose fields are its settings, vetted when it is made. Importing this file does not load
 torch, so a run file is checked against the losses themselves. Divergences to a teacher are in `divergences`.
 
-Shape letters: N tokens of a slice, V vocabulary. All inputs are float32 (float64 in tests).
+Shape letters: N tokens of a slice. All inputs are float32 (float64 in tests).
 """
 
 from __future__ import annotations
@@ -14,33 +14,12 @@ from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
 from omniopd.errors import ConfigError
 from omniopd.learner.divergences import DIVERGENCES
+from omniopd.learner.foreign_losses import FOREIGN_LOSSES
+from omniopd.learner.loss_inputs import Fused, TokenSlice
 from omniopd.parts import build_part, unknown
 
 if TYPE_CHECKING:
     from torch import Tensor
-
-
-@dataclass(frozen=True, slots=True)
-class TokenSlice:
-    """What a loss may read about N tokens."""
-
-    logprobs_NV: Tensor
-    """Log-softmax of the student, with gradient."""
-    token_ids_N: Tensor
-    """The tokens of the rollout."""
-    advantages_N: Tensor | None = None
-    reference_logprobs_NV: Tensor | None = None
-    """Log-softmax of the frozen initial student or of an open-weight teacher; no gradient."""
-    target_ids_NK: Tensor | None = None
-    target_probs_NK: Tensor | None = None
-    """Sparse soft targets; absent places hold probability 0."""
-    self_weights_N: Tensor | None = None
-    """The share of the student's own distribution in the soft target."""
-
-    @property
-    def token_logprobs_N(self) -> Tensor:
-        """The student's logprob of each token of the rollout."""
-        return self.logprobs_NV.gather(-1, self.token_ids_N[:, None]).squeeze(-1)
 
 
 class TokenLoss(Protocol):
@@ -49,7 +28,13 @@ class TokenLoss(Protocol):
     stream: ClassVar[str]
     """The stream of the token signal that weights it."""
     needs: ClassVar[str | None]
-    """`reference`: the frozen initial student; `teacher`: an open-weight teacher; None: the student alone."""
+    """`reference`: the frozen initial student; `teacher`: an open-weight teacher; `foreign_teacher`: one with another
+    vocabulary, compared group by group (`foreign_losses`); None: the student alone."""
+
+    @property
+    def fused(self) -> Fused | None:
+        """The same values by the fused kernel; None where it has no such loss."""
+        ...
 
     def __call__(self, tokens: TokenSlice) -> Tensor:
         """Return [N]."""
@@ -65,6 +50,7 @@ class PolicyGradient:
 
     stream: ClassVar[str] = "pg"
     needs: ClassVar[str | None] = None
+    fused: ClassVar[Fused | None] = Fused("logprob", uses_advantages=True)
 
     def __call__(self, tokens: TokenSlice) -> Tensor:
         assert tokens.advantages_N is not None
@@ -77,6 +63,7 @@ class TokenCrossEntropy:
 
     stream: ClassVar[str] = "ce"
     needs: ClassVar[str | None] = None
+    fused: ClassVar[Fused | None] = Fused("logprob")
 
     def __call__(self, tokens: TokenSlice) -> Tensor:
         return -tokens.token_logprobs_N
@@ -88,6 +75,7 @@ class SoftCrossEntropy:
 
     stream: ClassVar[str] = "soft"
     needs: ClassVar[str | None] = None
+    fused: ClassVar[Fused | None] = None
 
     def __call__(self, tokens: TokenSlice) -> Tensor:
         assert tokens.target_ids_NK is not None and tokens.target_probs_NK is not None
@@ -105,6 +93,7 @@ class ForwardKL:
 
     stream: ClassVar[str] = "anchor"
     needs: ClassVar[str | None] = "reference"
+    fused: ClassVar[Fused | None] = Fused("forward_kl")
 
     def __call__(self, tokens: TokenSlice) -> Tensor:
         assert tokens.reference_logprobs_NV is not None
@@ -116,7 +105,7 @@ STREAMS = ("pg", "anchor", "kl", "ce", "soft")
 LOSSES: Mapping[str, Mapping[str, type[Any]]] = {
     "pg": {"policy_gradient": PolicyGradient},
     "anchor": {"forward_kl": ForwardKL},
-    "kl": DIVERGENCES,
+    "kl": {**DIVERGENCES, **FOREIGN_LOSSES},
     "ce": {"cross_entropy": TokenCrossEntropy},
     "soft": {"cross_entropy": SoftCrossEntropy},
 }

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import copy
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,6 +19,25 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
     from omniopd.config import LoraConfig, StudentConfig
+
+
+@dataclass(frozen=True, slots=True)
+class PlainHead:
+    """An output layer that is one product: logits = states @ weight.T + bias, then softcap * tanh(logits / softcap)."""
+
+    weight_VH: Tensor
+    bias_V: Tensor | None
+    softcap: float | None
+
+    def rows(self, size: int) -> PlainHead:
+        """Return the head of the first tokens of the vocabulary, without those that only pad the table."""
+        if size == len(self.weight_VH):
+            return self
+        return PlainHead(self.weight_VH[:size], None if self.bias_V is None else self.bias_V[:size], self.softcap)
+
+    def logprobs(self, states_NH: Tensor) -> Tensor:
+        """Return log-softmax [N, V], at least float32."""
+        return _logprobs(nn.functional.linear(states_NH, self.weight_VH, self.bias_V), self.softcap)
 
 
 class LanguageModel:
@@ -39,6 +59,16 @@ class LanguageModel:
         device: torch.device = self.model.device
         return device
 
+    @property
+    def plain_head(self) -> PlainHead | None:
+        """The output layer where nothing but a product and a cap is done, else None (adapters, hooks, quantization)."""
+        head = self.head
+        if type(head) is not nn.Linear or not head.weight.is_floating_point() or head.weight.is_meta:
+            return None
+        if head._forward_hooks or head._forward_pre_hooks or hasattr(head, "_hf_hook"):
+            return None
+        return PlainHead(head.weight, head.bias, self._softcap)
+
     def autocast(self) -> contextlib.AbstractContextManager[Any]:
         """Compute in `compute_dtype`; the weights may be kept in a wider one."""
         reduced = self.compute_dtype in (torch.bfloat16, torch.float16)
@@ -52,11 +82,7 @@ class LanguageModel:
 
     def logprobs(self, hidden_NH: Tensor) -> Tensor:
         """Return log-softmax [N, V], at least float32."""
-        logits = self.head(hidden_NH)
-        logits = logits if logits.dtype == torch.float64 else logits.float()
-        if self._softcap is not None:
-            logits = self._softcap * torch.tanh(logits / self._softcap)
-        return torch.log_softmax(logits, dim=-1)
+        return _logprobs(self.head(hidden_NH), self._softcap)
 
     def _check_split(self) -> None:
         # Some architectures scale or cap logits in ways that a plain head does not know; finding out here costs one
@@ -71,6 +97,13 @@ class LanguageModel:
                 f"{type(self.model).__name__} does not compute its logits from the last hidden state alone: the head "
                 f"gives logprobs that differ by {gap:.3g}; this architecture is not supported yet"
             )
+
+
+def _logprobs(logits: Tensor, softcap: float | None) -> Tensor:
+    logits = logits if logits.dtype == torch.float64 else logits.float()
+    if softcap is not None:
+        logits = softcap * torch.tanh(logits / softcap)
+    return torch.log_softmax(logits, dim=-1)
 
 
 class Policy(LanguageModel):

@@ -18,7 +18,7 @@ from omniopd.estimate import Estimate
 from omniopd.progress import format_seconds, format_usd
 from omniopd.records import parse_signal, read_evals, read_metrics, rollout_files, usage_of
 from omniopd.report.objective import describe_objective
-from omniopd.run_folder import RunFolder, read_json, write_text_atomic
+from omniopd.run_folder import RunFolder, TeacherFiles, read_json, write_text_atomic
 from omniopd.types import Audit, TokenSignal, Usage
 
 MAX_POINTS = 600
@@ -57,7 +57,7 @@ def collect(folder: RunFolder, *, max_samples: int) -> dict[str, Any]:
         "metrics": _columns(rows),
         "every": _stride(len(rows)),
         "evals": evals,
-        "costs": _costs(rows, spent) + _expected(folder, spent),
+        "costs": _costs(rows, spent) + _expected(folder, rows),
         "config": folder.resolved.read_text(encoding="utf-8"),
         "environment": read_json(folder.environment) if folder.environment.is_file() else None,
         "samples": samples,
@@ -288,15 +288,22 @@ def _costs(rows: Sequence[Mapping[str, Any]], spent: Usage) -> list[tuple[str, s
     return table
 
 
-def _expected(folder: RunFolder, spent: Usage) -> list[tuple[str, str]]:
-    """Compare what was expected before the run with what was billed, as (what, how much)."""
-    if not folder.estimate.is_file():
-        return []
-    expected = Estimate.from_json(read_json(folder.estimate))
+def _expected(folder: RunFolder, rows: Sequence[Mapping[str, Any]]) -> list[tuple[str, str]]:
+    """Compare what was expected before the run with what was billed, teacher by teacher, as (what, how much)."""
+    table = []
+    for kept in folder.teachers:
+        if kept.estimate.is_file():
+            expected = Estimate.from_json(read_json(kept.estimate))
+            whose = "" if kept.path == folder.path else f"{kept.path.name}: "
+            table += _expected_of(expected, _spent_of(kept) or usage_of(rows), whose)
+    return table
+
+
+def _expected_of(expected: Estimate, spent: Usage, whose: str) -> list[tuple[str, str]]:
     low, high = expected.low, expected.high
 
     def row(what: str, billed: str, ends: tuple[str, str]) -> tuple[str, str]:
-        return f"{what}: expected, then billed", f"{ends[0]} to {ends[1]}, then {billed}"
+        return f"{whose}{what}: expected, then billed", f"{ends[0]} to {ends[1]}, then {billed}"
 
     table = [
         row("Requests", f"{spent.requests:,}", (f"{low.requests:,}", f"{high.requests:,}")),
@@ -307,17 +314,22 @@ def _expected(folder: RunFolder, spent: Usage) -> list[tuple[str, str]]:
         ends = (format_usd(expected.usd[0]), format_usd(expected.usd[1]))
         table.append(row("Cost", _cost_words(spent), ends))
     if spent.unanswered_requests:
-        table.append(("Requests never answered, perhaps billed", f"{spent.unanswered_requests:,}"))
+        table.append((f"{whose}Requests never answered, perhaps billed", f"{spent.unanswered_requests:,}"))
     return table
 
 
 def _spent(folder: RunFolder, rows: Sequence[Mapping[str, Any]]) -> Usage:
-    """All that was ever paid: the ledger also knows of steps that were lost and made again."""
-    if not folder.ledger.is_file():
-        return usage_of(rows)
+    """All that was ever paid: the ledgers also know of steps that were lost and made again."""
+    found = [spent for kept in folder.teachers if (spent := _spent_of(kept)) is not None]
+    return sum(found, Usage()) if found else usage_of(rows)
+
+
+def _spent_of(kept: TeacherFiles) -> Usage | None:
+    if not kept.ledger.is_file():
+        return None
     from omniopd.teachers.ledger import Ledger
 
-    ledger = Ledger(folder.ledger)
+    ledger = Ledger(kept.ledger)
     try:
         return ledger.spent()
     finally:

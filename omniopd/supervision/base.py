@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Protocol
 
+from omniopd.logits.scores import Floats, Ids
 from omniopd.types import Rollout, StepContext, TokenSignal
 
 
@@ -24,17 +25,17 @@ class SignalTransform(Protocol):
         ...
 
 
-class TeacherMeasure(Protocol):
-    """Tells what an open-weight teacher makes of a rollout."""
-
-    def __call__(self, rollouts: Sequence[Rollout]) -> list[tuple[float, ...]]:
-        """Return the teacher's logprobs [T] of each rollout's own tokens at temperature 1, in nats."""
-        ...
-
-
 class StudentMeasure(Protocol):
     """Tells the student's own view of a rollout."""
 
     def __call__(self, rollouts: Sequence[Rollout]) -> list[tuple[tuple[float, ...], tuple[float, ...]]]:
         """Return logprobs [T] and full-vocabulary entropies [T] at temperature 1 for each rollout, in nats."""
+        ...
+
+
+class StudentCandidates(Protocol):
+    """Tells which tokens the student finds likeliest."""
+
+    def __call__(self, rollouts: Sequence[Rollout], k: int) -> list[tuple[Ids, Floats]]:
+        """Return ids [T, k], the likeliest first, and their logprobs [T, k] at temperature 1 for each rollout."""
         ...

@@ -12,6 +12,7 @@ from omniopd.supervision.base import Supervision
 from omniopd.types import Rollout, StepContext, TokenSignal
 
 _OTHER_STREAMS = ("anchor_weights", "kl_weights", "ce_weights", "soft_targets")
+_OF_KL = ("kl_teacher", "kl_evidence", "unscored")
 
 
 @dataclass(frozen=True)
@@ -38,6 +39,9 @@ def _merge(rollout: Rollout, parts: Sequence[tuple[float, TokenSignal]]) -> Toke
         if len(found) > 1:
             raise ConfigError(f"two supervisions of one run use {name}; only advantages can be added up")
         fields[name] = found[0] if found else None
+    # At most one part feeds the stream; what belongs to it goes with it.
+    for name in _OF_KL:
+        fields[name] = next((value for _, signal in parts if (value := getattr(signal, name)) is not None), None)
     advantages = [0.0] * rollout.num_tokens
     weights = [0.0] * rollout.num_tokens
     has_advantages = False

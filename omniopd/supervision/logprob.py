@@ -5,13 +5,19 @@ Rewards and advantages are in nats, higher = do it more. P is the student that d
 
 from __future__ import annotations
 
+import dataclasses
+from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import ClassVar, Literal, Protocol
 
-from omniopd.errors import ConfigError, DataError
-from omniopd.supervision.base import StudentMeasure, TeacherMeasure
-from omniopd.types import Author, Rollout, StepContext, TokenSignal
+from omniopd.errors import ConfigError, DataError, TeacherResponseError
+from omniopd.logits.alignment import Spread, group_logprobs
+from omniopd.logits.reading import Read, Reader
+from omniopd.logits.scores import Reading, Scored, SequenceTeacher, TokenScores
+from omniopd.supervision.base import StudentCandidates, StudentMeasure
+from omniopd.timing import StepTimer
+from omniopd.types import Author, Rollout, StepContext, TeacherEvidence, TokenSignal
 
 
 class Objective(Protocol):
@@ -117,51 +123,196 @@ def discounted_returns(rewards: Sequence[float], discount: float) -> list[float]
     return returns[::-1]
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Wanted:
+    """What the learner's divergence must be told of the teacher, because it has not got its weights."""
+
+    top_k: int = 0
+    """The teacher's likeliest tokens."""
+    candidates: int = 0
+    """The student's likeliest tokens, whose log-probs are asked for."""
+
+
+@dataclass(kw_only=True)
 class LogprobSupervision:
     """Ask the learner for a divergence to the teacher at every token, or reinforce by the teacher's logprobs, or both.
 
     Which divergence is the learner's loss of the `kl` stream; full-vocabulary reverse KL by default. Advantages go to
-    the student's own rollouts only: for text of others there is no P that drew it.
+    the student's own rollouts only: for text of others there is no P that drew it. A rollout that the teacher could not
+    read or score carries no signal, and says why.
     """
 
     objective: Objective = Divergence()
     weight: float = 1.0
     """Factor of the divergence and of the advantages."""
+    reader: Reader
+    """How the teacher reads a rollout."""
+    teacher: SequenceTeacher | None = None
+    """Needed by objectives that use samples, and with `wanted`."""
     student: StudentMeasure | None = None
-    teacher: TeacherMeasure | None = None
-    """Both are needed by objectives that use samples."""
+    """Needed by objectives that use samples."""
+    candidates: StudentCandidates | None = None
+    """Needed where the student's likeliest tokens are wanted."""
+    wanted: Wanted | None = None
+    """None: the learner has the teacher's weights, or needs none."""
+    name: str | None = None
+    """Which of several teachers this is."""
+    spread: Spread = "share"
+    """See `logits.alignment.group_logprobs`."""
+    masked_ids: frozenset[int] = frozenset()
+    """Tokens of the student that get no signal."""
+    max_missing_fraction: float = 0.5
+    timer: StepTimer = field(default_factory=StepTimer)
 
     async def signals(self, rollouts: Sequence[Rollout], ctx: StepContext) -> list[TokenSignal]:
-        """Raise DataError when a measure returns another number of tokens than a rollout has."""
-        advantages = self._advantages(rollouts) if self.objective.uses_samples else {}
+        """Return one signal for each rollout.
+
+        Raises:
+            DataError: a measure returns another number of tokens than a rollout has.
+            TeacherResponseError: more than `max_missing_fraction` of the rollouts could not be scored.
+            TeacherAuthError, TeacherConnectionError: from the teacher.
+        """
+        reads = [self.reader.read(r) for r in rollouts]
+        scored = await self._score(rollouts, reads)
+        self._check_missing(scored, ctx)
+        with self.timer("score"):
+            advantages = self._advantages(rollouts, reads, scored) if self.objective.uses_samples else {}
         return [
-            TokenSignal(
-                rollout=r,
-                advantages=advantages.get(r.id, (0.0,) * r.num_tokens) if self.objective.uses_samples else None,
-                pg_weights=(1.0 if r.id in advantages else 0.0,) * r.num_tokens
-                if self.objective.uses_samples
-                else None,
-                kl_weights=(self.weight,) * r.num_tokens if self.objective.uses_divergence else None,
-            )
-            for r in rollouts
+            self._signal(r, read, of, advantages.get(place))
+            for place, (r, read, of) in enumerate(zip(rollouts, reads, scored, strict=True))
         ]
 
-    def _advantages(self, rollouts: Sequence[Rollout]) -> dict[str, tuple[float, ...]]:
-        assert self.student is not None and self.teacher is not None
-        own = [r for r in rollouts if r.author is Author.STUDENT and r.num_tokens > 0]
-        if not own:
+    async def _score(self, rollouts: Sequence[Rollout], reads: Sequence[Read]) -> list[Scored | None]:
+        """Ask the teacher about the rollouts that it can read; None where nobody needs to know."""
+        results: list[Scored | None] = [
+            None if read.missing is None else Scored(missing=read.missing, detail=read.detail) for read in reads
+        ]
+        # A divergence that the learner computes itself asks nothing; advantages are for the student's own text.
+        needed = [
+            place
+            for place, (r, read) in enumerate(zip(rollouts, reads, strict=True))
+            if read.reading is not None and (self.wanted is not None or self._reinforces(r))
+        ]
+        if not needed:
+            return results
+        assert self.teacher is not None
+        readings = [self._reading(reads[place]) for place in needed]
+        if self.wanted is not None and self.wanted.candidates:
+            readings = self._with_candidates([rollouts[place] for place in needed], readings, self.wanted.candidates)
+        with self.timer("teacher"):
+            answers = await self.teacher.score(readings, top_k=self.wanted.top_k if self.wanted else 0)
+        for place, answer in zip(needed, answers, strict=True):
+            results[place] = answer
+        return results
+
+    def _reading(self, read: Read) -> Reading:
+        assert read.reading is not None
+        return read.reading
+
+    def _with_candidates(self, rollouts: Sequence[Rollout], readings: Sequence[Reading], k: int) -> list[Reading]:
+        assert self.candidates is not None
+        with self.timer("measure"):
+            found = self.candidates(rollouts, k)
+        return [dataclasses.replace(r, requested_TK=ids_Tk) for r, (ids_Tk, _) in zip(readings, found, strict=True)]
+
+    def _reinforces(self, rollout: Rollout) -> bool:
+        return self.objective.uses_samples and rollout.author is Author.STUDENT and rollout.num_tokens > 0
+
+    def _advantages(
+        self, rollouts: Sequence[Rollout], reads: Sequence[Read], scored: Sequence[Scored | None]
+    ) -> dict[int, tuple[list[float], list[float]]]:
+        """Return the advantages [T] of the rollouts that have some, and the weights [T] that say where."""
+        known = {
+            place: answer.scores
+            for place, (r, answer) in enumerate(zip(rollouts, scored, strict=True))
+            if self._reinforces(r) and answer is not None and answer.scores is not None
+        }
+        if not known:
             return {}
+        assert self.student is not None
+        own = self.student([rollouts[place] for place in known])
         found = {}
-        for r, (student, _), teacher in zip(own, self.student(own), self.teacher(own), strict=True):
-            if not len(student) == len(teacher) == r.num_tokens:
-                raise DataError(
-                    f"rollout {r.id} has {r.num_tokens} tokens, but {len(student)} logprobs of the student and "
-                    f"{len(teacher)} of the teacher"
-                )
-            rewards = [q - p for p, q in zip(student, teacher, strict=True)]
-            found[r.id] = tuple(self.weight * a for a in self.objective.advantages(rewards))
+        for (place, scores), (logprobs, _) in zip(known.items(), own, strict=True):
+            rewards, evidence = self._rewards(rollouts[place], reads[place], logprobs, scores)
+            advantages = [self.weight * a for a in self.objective.advantages(rewards)]
+            found[place] = (advantages, evidence)
         return found
+
+    def _rewards(
+        self, rollout: Rollout, read: Read, student: Sequence[float], scores: TokenScores
+    ) -> tuple[list[float], list[float]]:
+        """Return log Q - log P [T] and where it is known [T], in the student's tokens."""
+        teacher = scores.logprobs_T.tolist()
+        if read.alignment is not None:
+            grouped = group_logprobs(read.alignment, student, teacher, spread=self.spread)
+            rewards, evidence = list(grouped.advantages), list(grouped.weights)
+        else:
+            if not len(student) == len(teacher) == rollout.num_tokens:
+                raise DataError(
+                    f"rollout {rollout.id} has {rollout.num_tokens} tokens, but {len(student)} logprobs of the student "
+                    f"and {len(teacher)} of the teacher"
+                )
+            rewards, evidence = [q - p for p, q in zip(student, teacher, strict=True)], [1.0] * rollout.num_tokens
+        for t, token_id in enumerate(rollout.token_ids):
+            if token_id in self.masked_ids:
+                rewards[t] = evidence[t] = 0.0
+        return rewards, evidence
+
+    def _signal(
+        self, rollout: Rollout, read: Read, scored: Scored | None, own: tuple[list[float], list[float]] | None
+    ) -> TokenSignal:
+        zeros = (0.0,) * rollout.num_tokens
+        advantages, pg_weights = (tuple(own[0]), tuple(own[1])) if own is not None else (zeros, zeros)
+        missing = scored.missing if scored is not None else None
+        kl_weights, evidence = None, None
+        if self.objective.uses_divergence:
+            kl_weights = zeros if missing is not None else self._kl_weights(rollout, read)
+            if missing is None:
+                evidence = self._evidence(rollout, read, scored)
+        return TokenSignal(
+            rollout=rollout,
+            advantages=advantages if self.objective.uses_samples else None,
+            pg_weights=pg_weights if self.objective.uses_samples else None,
+            kl_weights=kl_weights,
+            kl_teacher=self.name,
+            kl_evidence=evidence,
+            unscored=missing,
+            notes=(f"not scored: {scored.detail}",) if scored is not None and missing is not None else (),
+        )
+
+    def _kl_weights(self, rollout: Rollout, read: Read) -> tuple[float, ...]:
+        weights = [self.weight] * rollout.num_tokens
+        if read.alignment is not None:
+            weights = [0.0] * rollout.num_tokens
+            for group in read.alignment.groups:
+                size = (group.student_end - group.student_start) if self.spread == "share" else 1
+                for t in read.alignment.student.positions[group.student_start : group.student_end]:
+                    weights[t] = self.weight / size if group.is_exact else 0.0
+        return tuple(
+            0.0 if token_id in self.masked_ids else weight
+            for token_id, weight in zip(rollout.token_ids, weights, strict=True)
+        )
+
+    def _evidence(self, rollout: Rollout, read: Read, scored: Scored | None) -> TeacherEvidence | None:
+        if self.wanted is not None:
+            return scored.scores if scored is not None else None
+        if read.alignment is not None:
+            return read
+        # The learner reads the rollout's own ids unless it is told otherwise.
+        is_own = read.reading is not None and read.reading.prompt_ids == rollout.prompt.token_ids
+        return None if is_own else read.reading
+
+    def _check_missing(self, scored: Sequence[Scored | None], ctx: StepContext) -> None:
+        missing = [answer for answer in scored if answer is not None and answer.missing is not None]
+        if len(missing) <= self.max_missing_fraction * len(scored):
+            return
+        reasons = Counter(str(answer.missing) for answer in missing)
+        told = ", ".join(f"{count} {reason}" for reason, count in reasons.most_common())
+        whose = "the teacher" if self.teacher is None else self.teacher.id
+        raise TeacherResponseError(
+            f"step {ctx.step + 1}: {len(missing)} of {len(scored)} rollouts could not be scored by {whose} ({told}), "
+            f"more than teacher.max_missing_fraction {self.max_missing_fraction:g}; the first says: {missing[0].detail}"
+        )
 
 
 def _check_discount(discount: float) -> None:

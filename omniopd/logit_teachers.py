@@ -1,0 +1,279 @@
+"""Open-weight teachers of a run: how each reads the rollouts, who scores them, and what the learner gets of it."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Collection, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from omniopd.config import RunConfig, TeacherConfig
+from omniopd.errors import ConfigError
+from omniopd.logits.reading import ForeignVocabulary, PromptFormat, Reader, SameVocabulary, prompt_check, special_ids
+from omniopd.logits.scores import Reading, SequenceTeacher
+from omniopd.method import Role
+from omniopd.method_checks import Access, access_of
+from omniopd.method_settings import LogprobSettings
+from omniopd.models import context_length, foreign_tokens, load_tokenizer
+from omniopd.supervision.logprob import Wanted
+from omniopd.types import Prompt
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+    from omniopd.learner.divergences import Evidence
+    from omniopd.learner.policy import LanguageModel, Policy
+    from omniopd.learner.teachers import TeacherModel
+
+LARGEST_WHOLE = 4096
+"""Tokens of a vocabulary whose whole distribution a server is asked for; beyond that it is megabytes a rollout."""
+CHECKED_PROMPTS = 4
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LogitTeacher:
+    """An open-weight teacher, ready."""
+
+    reader: Reader
+    scorer: SequenceTeacher | None
+    """Gives log-probs of what was written. None: only hidden states are known."""
+    model: TeacherModel | None
+    """What the learner computes whole distributions from; None where only some log-probs can be had."""
+    wanted: Wanted | None
+    """What the learner's divergence must be told instead."""
+    masked_ids: frozenset[int]
+
+
+def open_logit_teacher(
+    role: Role,
+    config: RunConfig,
+    policy: Policy,
+    prompts: Sequence[Prompt],
+    *,
+    end_ids: Collection[int],
+    offload_folder: Path,
+    say: Callable[[str], None],
+) -> LogitTeacher:
+    """Open the teacher of a role and compare what both sides read, before anything is spent.
+
+    Raises:
+        ConfigError: the teacher cannot serve the loss, or reads something that makes its log-probs meaningless.
+        TeacherError: a server that cannot be reached, or whose log-probs depend on what else it computes.
+    """
+    settings, teacher = role.method.supervision, role.teacher
+    access = access_of(teacher.spec)
+    assert isinstance(settings, LogprobSettings) and access is not None
+    name = teacher.spec.partition(":")[2]
+    masked = special_ids(policy.tokenizer, settings.mask_tokens)
+    tokenizer = _teacher_tokenizer(role, access, name)
+    reader = _reader(role, policy.tokenizer, tokenizer, end_ids)
+    if tokenizer is not None:
+        _compare_prompts(role, prompts[0], policy.tokenizer, tokenizer, end_ids, masked, say)
+    scorer: SequenceTeacher | None
+    model: TeacherModel | None = None
+    vocabulary = policy.model.config.get_text_config().vocab_size
+    if access == "hf":
+        from omniopd.logits.model_scores import ModelScores
+
+        weights = load_weights(config, teacher, name, offload_folder)
+        context = context_length(weights.model.config)
+        scorer = ModelScores(weights, id=teacher.spec, context=context)
+        model = _model(role, config, policy, weights, tokenizer, end_ids)
+    elif access == "states":
+        from omniopd.learner.teachers import StoredTeacher
+        from omniopd.logits.stored_states import StoredStates
+
+        scorer, model = None, StoredTeacher(StoredStates(name, device=policy.device))
+    elif access == "scores":
+        from omniopd.logits.stored_scores import StoredScores
+
+        scorer = StoredScores(name)
+    else:
+        scorer = _open_server(teacher, vocabulary, [reader_sample(prompt) for prompt in prompts[:CHECKED_PROMPTS]], say)
+    wanted = None
+    if model is None and role.method.uses_divergence:
+        wanted = wanted_of(_evidence(config), teacher, vocabulary)
+    return LogitTeacher(reader=reader, scorer=scorer, model=model, wanted=wanted, masked_ids=masked)
+
+
+def load_weights(config: RunConfig, teacher: TeacherConfig, name: str, offload_folder: Path) -> LanguageModel:
+    """Load an open-weight teacher into this process. Raises ConfigError and MissingExtraError."""
+    from omniopd.learner.policy import LanguageModel
+    from omniopd.logits.loading import load_frozen_model
+    from omniopd.models import pick_device, pick_dtype, resolve_model
+
+    settings = teacher.weights
+    device = settings.device or config.student.device
+    dtype = settings.dtype or config.student.dtype
+    model = load_frozen_model(
+        resolve_model(name),
+        device=device,
+        dtype=dtype,
+        offload=settings.offload,
+        quantization=settings.quantization,
+        offload_folder=offload_folder,
+    )
+    return LanguageModel(model, compute_dtype=pick_dtype(dtype, pick_device(device)))
+
+
+def reader_sample(prompt: Prompt) -> Reading:
+    """Return a prompt as something to score: its second half after its first."""
+    half = max(1, len(prompt.token_ids) // 2)
+    return Reading(prompt_ids=prompt.token_ids[:half], token_ids=prompt.token_ids[half:])
+
+
+def wanted_of(evidence: Evidence, teacher: TeacherConfig, vocabulary: int) -> Wanted:
+    """Return what a teacher without weights here is asked for, so that the learner's divergence can be computed.
+
+    Raises ConfigError for a loss that needs more than such a teacher gives.
+    """
+    if evidence.kind == "token":
+        return Wanted()
+    if evidence.kind == "student_top_k":
+        return Wanted(candidates=min(evidence.k, vocabulary))
+    if evidence.kind == "teacher_top_k":
+        return Wanted(top_k=min(evidence.k, vocabulary))
+    if vocabulary > LARGEST_WHOLE:
+        raise ConfigError(
+            f"learner.losses.kl needs the teacher's whole distribution over {vocabulary:,} tokens, but "
+            f"{teacher.spec!r} gives the log-probs of some; use "
+            "learner.losses.kl={type: teacher_topk_reverse_kl, k: 20} or another top-k loss, method.supervision.objective: sampled, or teacher.spec=hf:MODEL"
+        )
+    return Wanted(top_k=vocabulary)
+
+
+def _evidence(config: RunConfig) -> Evidence:
+    from omniopd.learner.divergences import TeacherDivergence
+    from omniopd.learner.losses import build_losses
+
+    loss = build_losses(config.learner.losses)["kl"]
+    assert isinstance(loss, TeacherDivergence)  # Other vocabularies need weights, which `check_inputs` saw to.
+    return loss.evidence
+
+
+def _teacher_tokenizer(role: Role, access: Access, name: str) -> PreTrainedTokenizerBase | None:
+    """Return the teacher's tokenizer. Raises ConfigError where the run does not say what it is, and must."""
+    if access == "hf":
+        return load_tokenizer(role.teacher.tokenizer or name)
+    if role.teacher.tokenizer is not None:
+        return load_tokenizer(role.teacher.tokenizer)
+    settings = role.method.supervision
+    assert isinstance(settings, LogprobSettings)
+    if access == "vllm" or role.teacher.chat_format == "teacher" or settings.alignment == "groups":
+        raise ConfigError(
+            f"{role.label}.tokenizer is not set, so nobody can tell whether {role.teacher.spec!r} reads the student's "
+            "tokens and its chat format; set it to the teacher's folder or name"
+        )
+    return None  # What lies on disk was compared when it was written.
+
+
+def _reader(
+    role: Role,
+    ours: PreTrainedTokenizerBase,
+    theirs: PreTrainedTokenizerBase | None,
+    end_ids: Collection[int],
+) -> Reader:
+    settings = role.method.supervision
+    assert isinstance(settings, LogprobSettings)
+    if settings.alignment == "groups":
+        assert theirs is not None
+        return ForeignVocabulary(ours, theirs, student_end_ids=end_ids)
+    strangers = foreign_tokens(ours, theirs) if theirs is not None else []
+    if strangers:
+        raise ConfigError(
+            f"{len(strangers):,} of the student's {len(ours.get_vocab()):,} tokens, e.g. {strangers[0]!r}, have "
+            f"another id or none in the vocabulary of {role.teacher.spec!r}: token by token unrelated things would be "
+            "compared; use method.supervision.alignment: groups, or method.supervision.type: chunked"
+        )
+    return SameVocabulary(role.teacher.chat_format, theirs)
+
+
+def _compare_prompts(
+    role: Role,
+    prompt: Prompt,
+    ours: PreTrainedTokenizerBase,
+    theirs: PreTrainedTokenizerBase,
+    end_ids: Collection[int],
+    masked_ids: Collection[int],
+    say: Callable[[str], None],
+) -> None:
+    """Show a question as both sides read it. Raises ConfigError for what makes the teacher judge something else."""
+    settings = role.method.supervision
+    assert isinstance(settings, LogprobSettings)
+    is_foreign = settings.alignment == "groups"
+    prompt_format: PromptFormat = "teacher" if is_foreign else role.teacher.chat_format
+    check = prompt_check(
+        prompt,
+        ours,
+        theirs,
+        prompt_format=prompt_format,
+        is_foreign=is_foreign,
+        student_end_ids=end_ids,
+        masked_ids=masked_ids,
+    )
+    for line in check.lines():
+        say(f"{role.label}: {line}")
+    if check.errors:
+        raise ConfigError(f"{role.label} ({role.teacher.spec}) would judge another text: {'; '.join(check.errors)}")
+
+
+def _model(
+    role: Role,
+    config: RunConfig,
+    policy: Policy,
+    weights: LanguageModel,
+    theirs: PreTrainedTokenizerBase | None,
+    end_ids: Collection[int],
+) -> TeacherModel:
+    from omniopd.learner.foreign import match_vocabularies
+    from omniopd.learner.losses import build_losses
+    from omniopd.learner.teachers import ForeignTeacher, LiveTeacher
+    from omniopd.logits.reading import end_of_turn
+    from omniopd.logits.token_bytes import TokenBytes
+
+    settings = role.method.supervision
+    assert isinstance(settings, LogprobSettings)
+    if settings.alignment == "none":
+        return LiveTeacher(weights)
+    if not getattr(build_losses(config.learner.losses)["kl"], "needs_matched", False):
+        return ForeignTeacher(weights)
+    assert theirs is not None
+    ours, end = policy.tokenizer, end_of_turn(theirs)
+    matched = match_vocabularies(
+        TokenBytes(ours),
+        TokenBytes(theirs),
+        student_size=len(ours),
+        teacher_size=len(theirs),
+        kept=[(own, end) for own in sorted(end_ids)[:1] if end is not None],
+    )
+    return ForeignTeacher(weights, matched=matched)
+
+
+def _open_server(
+    teacher: TeacherConfig, vocabulary: int, samples: Sequence[Reading], say: Callable[[str], None]
+) -> SequenceTeacher:
+    """Open a vLLM server and find out whether its log-probs depend on what else it computes."""
+    from omniopd.logits.vllm_scores import open_vllm_scores
+
+    scoring = teacher.scoring
+    server = open_vllm_scores(
+        teacher.spec,
+        vocab_size=vocabulary,
+        requested_by=scoring.requested_by,
+        search_top=scoring.max_logprobs,
+        max_concurrency=teacher.max_concurrency,
+        timeout_s=teacher.timeout_s,
+        deadline_s=teacher.deadline_s,
+        max_attempts=teacher.max_attempts,
+    )
+
+    async def check() -> float:
+        try:
+            return await server.check(samples, tolerance=scoring.tolerance)
+        finally:
+            await server.aclose()
+
+    difference = asyncio.run(check())
+    say(f"{server.id} gives the same log-probs alone and in a batch to {difference:.2g} nats")
+    return server
