@@ -74,6 +74,7 @@ OBJECTIVES: dict[str, list[str]] = {
     "total variation": white_box("type: total_variation"),
     "teacher top-4 reverse KL": white_box("type: teacher_topk_reverse_kl, k: 4"),
     "teacher top-4 reverse KL, tail": white_box("type: teacher_topk_reverse_kl, k: 4, tail: true"),
+    "teacher top-4 forward KL, tail": white_box("type: teacher_topk_forward_kl, k: 4"),
     "student top-4 reverse KL, stop gradient": white_box("type: student_topk_reverse_kl, k: 4"),
     "student top-4 reverse KL": white_box("type: student_topk_reverse_kl, k: 4, stop_gradient: false"),
     "student top-4 reverse KL, tail": white_box("type: student_topk_reverse_kl, k: 4, tail: true"),

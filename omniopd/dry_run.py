@@ -16,7 +16,8 @@ from omniopd.data import Dataset, Row, load_rows
 from omniopd.errors import ConfigError
 from omniopd.estimate import chunk_shape
 from omniopd.inputs import check_teachers
-from omniopd.logits.reading import prompt_check, special_ids
+from omniopd.logits.prompt_check import prompt_check
+from omniopd.logits.reading import special_ids
 from omniopd.method import Method, Role, build_method, describe_part
 from omniopd.method_settings import ChunkedSettings, LogprobSettings
 from omniopd.models import load_tokenizer, read_chat_template, resolve_model

@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING
 
 from omniopd.config import RunConfig, TeacherConfig
 from omniopd.errors import ConfigError
-from omniopd.logits.reading import ForeignVocabulary, PromptFormat, Reader, SameVocabulary, prompt_check, special_ids
+from omniopd.logits.prompt_check import prompt_check
+from omniopd.logits.reading import ForeignVocabulary, PromptFormat, Reader, SameVocabulary, special_ids
 from omniopd.logits.scores import Reading, SequenceTeacher
 from omniopd.method import Role
 from omniopd.method_checks import Access, access_of
@@ -90,7 +91,8 @@ def open_logit_teacher(
 
         scorer = StoredScores(name)
     else:
-        scorer = _open_server(teacher, vocabulary, [reader_sample(prompt) for prompt in prompts[:CHECKED_PROMPTS]], say)
+        assert tokenizer is not None
+        scorer = _open_server(teacher, vocabulary, samples_of(prompts, tokenizer), say)
     wanted = None
     if model is None and role.method.uses_divergence:
         wanted = wanted_of(_evidence(config), teacher, vocabulary)
@@ -117,10 +119,15 @@ def load_weights(config: RunConfig, teacher: TeacherConfig, name: str, offload_f
     return LanguageModel(model, compute_dtype=pick_dtype(dtype, pick_device(device)))
 
 
-def reader_sample(prompt: Prompt) -> Reading:
-    """Return a prompt as something to score: its second half after its first."""
-    half = max(1, len(prompt.token_ids) // 2)
-    return Reading(prompt_ids=prompt.token_ids[:half], token_ids=prompt.token_ids[half:])
+def samples_of(prompts: Sequence[Prompt], tokenizer: PreTrainedTokenizerBase) -> list[Reading]:
+    """Return a few prompts as something to score: the second half of each after its first, in the teacher's tokens."""
+    found = []
+    for prompt in prompts[:CHECKED_PROMPTS]:
+        ids = tuple(tokenizer(prompt.text, add_special_tokens=False)["input_ids"])
+        half = len(ids) // 2
+        if half:
+            found.append(Reading(prompt_ids=ids[:half], token_ids=ids[half:]))
+    return found
 
 
 def wanted_of(evidence: Evidence, teacher: TeacherConfig, vocabulary: int) -> Wanted:

@@ -340,7 +340,7 @@ class _Session:
             student=self._measure("auto"),
             candidates=self.learner.candidates,
             wanted=teacher.wanted,
-            name=role.folder,
+            name=role.name,
             spread=settings.spread,
             masked_ids=teacher.masked_ids,
             max_missing_fraction=role.teacher.max_missing_fraction,

@@ -374,7 +374,7 @@ class TokenSignal(Value):
     kl_weights: tuple[float, ...] | None = None
     """[T] >= 0; times a divergence to an open-weight teacher."""
     kl_teacher: str | None = None
-    """Which teacher that is; None: the only one of the run."""
+    """Which open-weight teacher the signal comes from; None: from none, or the learner has but one."""
     kl_evidence: TeacherEvidence | None = field(default=None, metadata={_UNRECORDED: True})
     """None: the teacher reads the very tokens of the rollout, and the learner has its weights."""
     unscored: Missing | None = None

@@ -166,7 +166,7 @@ def test_methods_without_a_text_teacher_ask_for_nothing() -> None:
     text = dry_run(quickstart("method={supervision: {type: verifier}, transforms: []}", "teacher.serve=null"))
     assert "none: this method asks for no text" in text
     assert "The teacher reads" not in text
-    with pytest.raises(ConfigError, match="needs the teacher's weights"):
+    with pytest.raises(ConfigError, match=r"'local:teacher' only gives text; use teacher\.spec=hf:MODEL"):
         dry_run(quickstart("method={supervision: {type: logprob}, transforms: []}"))
 
 

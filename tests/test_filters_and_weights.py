@@ -162,3 +162,12 @@ def test_transforms_keep_number_and_order_and_signs(transform: Any) -> None:
     assert [s.notes[0] for s in found] == [str(i) for i in range(6)]
     assert all(w >= 0 for s in found for w in (*(s.pg_weights or ()), *(s.kl_weights or ())))
     assert transform([], CTX) == []
+
+
+def test_drop_unaudited_leaves_what_an_open_weight_teacher_supervises() -> None:
+    rollout = tiny.rollout_of([4, 9], name="a/0")
+    scored = TokenSignal(rollout=rollout, kl_weights=(1.0, 1.0), kl_teacher="open")
+    anchored = TokenSignal(rollout=rollout, anchor_weights=(0.1, 0.1))
+    kept, dropped = DropUnaudited()([scored, anchored], StepContext(step=0, num_steps=1))
+    assert kept == scored
+    assert dropped.anchor_weights == (0.0, 0.0) and dropped.notes == ("dropped: no usable audit",)

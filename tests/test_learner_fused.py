@@ -17,7 +17,7 @@ from torch import Tensor, nn
 import tiny
 from omniopd.errors import NonFiniteLossError
 from omniopd.kernels import chunked, chunked_divergence, chunked_logprobs
-from omniopd.learner import learner as learner_module
+from omniopd.learner import fused as fused_module
 from omniopd.learner.learner import FUSED_VOCABULARY, Learner
 from omniopd.learner.policy import LanguageModel, Policy
 from omniopd.types import SoftTarget, TokenSignal
@@ -50,8 +50,8 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> list[str]:
         made.append("logprob")
         return chunked_logprobs(*args, **settings)
 
-    monkeypatch.setattr(learner_module, "chunked_divergence", divergence)
-    monkeypatch.setattr(learner_module, "chunked_logprobs", logprobs)
+    monkeypatch.setattr(fused_module, "chunked_divergence", divergence)
+    monkeypatch.setattr(fused_module, "chunked_logprobs", logprobs)
     return made
 
 

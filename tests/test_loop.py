@@ -269,14 +269,17 @@ def test_step_recorder_hands_over_times_and_costs() -> None:
         pass
     teacher = MeteredTeacher(tiny.ScriptedTeacher(lambda request: ()))
     teacher._since_taken = Usage(requests=2)
-    recorder: Any = StepRecorder(records=Records(), progress=Progress(), timer=timer, teacher=teacher)  # type: ignore[arg-type]
+    other = MeteredTeacher(tiny.ScriptedTeacher(lambda request: ()))
+    other._since_taken = Usage(requests=3, input_tokens=5)
+    recorder: Any = StepRecorder(records=Records(), progress=Progress(), timer=timer, teachers=(teacher, other))  # type: ignore[arg-type]
     watch(recorder, 1)
-    assert (told["update"], told["usage"], told["row"]) == (update_of(1), Usage(requests=2), {"progress/step": 1.0})
+    assert told["usage"] == Usage(requests=5, input_tokens=5)
+    assert (told["update"], told["row"]) == (update_of(1), {"progress/step": 1.0})
     assert set(told["seconds"]) == {"learn", "step"}
-    assert teacher.take() == Usage()
+    assert teacher.take() == other.take() == Usage()
     # A Python process with torch in it: more than 50 MiB, less than 100 GiB.
     assert 50 < told["extra"]["memory/peak_rss_mb"] < 100_000
-    without: Any = StepRecorder(records=Records(), progress=Progress(), timer=timer, teacher=None)  # type: ignore[arg-type]
+    without: Any = StepRecorder(records=Records(), progress=Progress(), timer=timer, teachers=())  # type: ignore[arg-type]
     watch(without, 1)
     assert told["usage"] == Usage()
 

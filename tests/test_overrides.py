@@ -99,6 +99,10 @@ def test_unknown_keys_name_the_nearest_and_the_place(base: Path) -> None:
         ("learning_rate=1", "Did you mean learner.learning_rate?"),  # another section
         ("stepps=1", "Did you mean steps?"),
         ("temperature=1", "Did you mean teacher.temperature or rollout.temperature or eval.temperature?"),
+        ("teachers.big.temprature=1", "Did you mean teachers.big.temperature?"),  # a section by name
+        ("teachers.big.weights.dtyp=auto", "Did you mean teachers.big.weights.dtype?"),
+        ("teachers.big.group_size=1", "Did you mean rollout.group_size?"),
+        ("teacher.big.spec=hf:a", "Did you mean teacher.spec?"),
         ("student.zzz=1", "student has model, device, dtype, lora, gradient_checkpointing, chat_template"),
     ],
 )

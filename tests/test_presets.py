@@ -57,5 +57,6 @@ def test_no_anchor_is_refused_under_the_preset(zero: str) -> None:
 
 def test_the_refusal_concerns_the_preset_and_its_supervision_only() -> None:
     assert load_config(overrides=[*MINIMAL, "method.supervision.anchor_beta=0"]).preset is None
-    other = load_config(overrides=[*MINIMAL, "preset=paper", "method.supervision={type: logprob}"])
+    words = [*MINIMAL, "preset=paper", "method.supervision={type: logprob}", "teacher.spec=hf:big"]
+    other = load_config(overrides=words)
     assert other.method.supervision == {"type": "logprob"}

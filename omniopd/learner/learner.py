@@ -12,9 +12,9 @@ from torch import Tensor
 
 from omniopd.config import LearnerConfig
 from omniopd.errors import ConfigError, LearnerError, NonFiniteLossError
-from omniopd.kernels import chunked_divergence, chunked_logprobs
 from omniopd.learner.batch import MicroBatch, Normalizer, pack, pad_rollouts
 from omniopd.learner.foreign import accumulate_groups
+from omniopd.learner.fused import can_fuse, fused_loss, fused_score
 from omniopd.learner.loss_inputs import TokenSlice
 from omniopd.learner.losses import STREAMS, build_losses
 from omniopd.learner.policy import Policy
@@ -230,9 +230,9 @@ class Learner:
             hidden_NH = hidden_BLH[batch.rows_N, batch.columns_N]
             terms = terms_of(batch, self._losses, policy, self._teachers)
             leaf_NH = hidden_NH.detach().requires_grad_(True)
-            fused = [term for term in terms if self._is_fused(term)]
+            fused = [term for term in terms if self._fuses and can_fuse(term)]
             for term in fused:
-                loss = self._fused_loss(batch, term, leaf_NH)
+                loss = fused_loss(policy, batch, term, leaf_NH)
                 totals[term.stream] += float(loss.detach())
                 loss.backward()  # type: ignore[no-untyped-call]
             others = [term for term in terms if term not in fused]
@@ -300,64 +300,16 @@ class Learner:
             return {"reference_logprobs_NV": reference.whole(rows, self._vocabulary)}
         return {"known": reference.known(rows)}
 
-    def _is_fused(self, term: Term) -> bool:
-        if not self._fuses or term.loss.fused is None:
-            return False
-        reference = term.reference
-        return reference is None or (isinstance(reference, ModelReference) and reference.head is not None)
-
-    def _fused_loss(self, batch: MicroBatch, term: Term, leaf_NH: Tensor) -> Tensor:
-        """Return the weighted sum of a term; the kernel takes its gradient along with it."""
-        fused, head = term.loss.fused, self.policy.plain_head
-        assert fused is not None and head is not None
-        dtype = self._kernel_dtype(head.weight_VH)
-        states_MH = leaf_NH[term.rows_M].to(dtype)
-        weight_VH = head.weight_VH.to(dtype)
-        with torch.autocast(leaf_NH.device.type, enabled=False):
-            if fused.kind == "logprob":
-                factors_M = -term.weights_M
-                if fused.uses_advantages:
-                    factors_M = factors_M * batch.advantages_N[term.rows_M]
-                values_M, _ = chunked_logprobs(
-                    states_MH,
-                    weight_VH,
-                    batch.token_ids_N[term.rows_M],
-                    bias=head.bias_V,
-                    softcap=head.softcap,
-                    weights=factors_M,
-                )
-                return values_M.sum()
-            assert isinstance(term.reference, ModelReference) and term.reference.head is not None
-            other = term.reference.head
-            return chunked_divergence(
-                states_MH,
-                weight_VH,
-                term.reference.states_MG.to(other.weight_VH.dtype),
-                other.weight_VH,
-                kind=fused.kind,  # type: ignore[arg-type]
-                beta=fused.beta,
-                student_bias=head.bias_V,
-                teacher_bias=other.bias_V,
-                student_softcap=head.softcap,
-                teacher_softcap=other.softcap,
-                temperature=fused.temperature,
-                weights=term.weights_M,
-                reduction="sum",
-            )
-
-    def _kernel_dtype(self, weight: Tensor) -> torch.dtype:
-        """Multiply in the compute dtype, as autocast would; sums are wider in the kernel."""
-        reduced = self.policy.compute_dtype in (torch.bfloat16, torch.float16)
-        return self.policy.compute_dtype if reduced else weight.dtype
-
     def _score(self, rollouts: Sequence[Rollout]) -> list[tuple[tuple[float, ...], tuple[float, ...]]]:
         """Return the student's logprobs and entropies."""
         results = []
         for rollout, states_TH in zip(rollouts, self._states(rollouts), strict=True):
             ids_T = torch.tensor(rollout.token_ids, device=self.policy.device)
             with self.policy.autocast():
-                score = self._fused_score if self._fuses else self._sliced_score
-                results.append(score(states_TH, ids_T))
+                if self._fuses:
+                    results.append(fused_score(self.policy, states_TH, ids_T))
+                else:
+                    results.append(self._sliced_score(states_TH, ids_T))
         return results
 
     def _states(self, rollouts: Sequence[Rollout]) -> list[Tensor]:
@@ -371,16 +323,6 @@ class Learner:
             hidden_BLH[row, start : start + rollout.num_tokens]
             for row, (rollout, start) in enumerate(zip(rollouts, starts, strict=True))
         ]
-
-    def _fused_score(self, states_TH: Tensor, ids_T: Tensor) -> tuple[tuple[float, ...], tuple[float, ...]]:
-        head = self.policy.plain_head
-        assert head is not None
-        dtype = self._kernel_dtype(head.weight_VH)
-        with torch.autocast(states_TH.device.type, enabled=False):
-            logprobs_T, entropies_T = chunked_logprobs(
-                states_TH.to(dtype), head.weight_VH.to(dtype), ids_T, bias=head.bias_V, softcap=head.softcap
-            )
-        return tuple(logprobs_T.tolist()), tuple(entropies_T.tolist())
 
     def _sliced_score(self, states_TH: Tensor, ids_T: Tensor) -> tuple[tuple[float, ...], tuple[float, ...]]:
         logprobs: list[float] = []

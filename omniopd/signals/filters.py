@@ -35,10 +35,15 @@ class DropTruncated:
 
 @dataclass(frozen=True)
 class DropUnaudited:
-    """Leave out rollouts without one usable audit, so that their anchor does not outvote the evidence of the others."""
+    """Leave out rollouts without one usable audit, so that their anchor does not outvote the evidence of the others.
+
+    What an open-weight teacher supervises is never audited, and stays.
+    """
 
     def __call__(self, signals: Sequence[TokenSignal], ctx: StepContext) -> list[TokenSignal]:
         return [
-            s if any(audit.score.value is not None for audit in s.audits) else silence(s, "no usable audit")
+            s
+            if s.kl_teacher is not None or any(audit.score.value is not None for audit in s.audits)
+            else silence(s, "no usable audit")
             for s in signals
         ]

@@ -156,7 +156,7 @@ class LogprobSupervision:
     wanted: Wanted | None = None
     """None: the learner has the teacher's weights, or needs none."""
     name: str | None = None
-    """Which of several teachers this is."""
+    """Which of the run's teachers this is."""
     spread: Spread = "share"
     """See `logits.alignment.group_logprobs`."""
     masked_ids: frozenset[int] = frozenset()
