@@ -4,9 +4,11 @@
 
 The trainer talks to the server over HTTP and needs no vLLM; `make test-engines` makes an environment that has it. Each
 white-box objective runs twice with the same seed through `omniopd train`: once with `hf:`, once with `vllm:`. Reported
-are the gap between the two teachers' log-probs on the rollouts of the first step, and how far the two runs stay the
-same: until float32 rounding makes one sampled token another one they differ by rounding alone, from then on they are
-two samples of one procedure. A third run, `hf:` again, tells that from a run that never repeats itself.
+are the gap between the two teachers' log-probs on the rollouts of the first step, and how long the two runs stay the
+same: they differ by rounding alone, unless that once makes a sampled token another one; from then on they are two
+samples of one procedure. A third run, `hf:` again, shows whether a run repeats itself at all.
+
+Seconds are those of an idle machine only if it was idle; server and trainer share its cores.
 
 Shape letters: T tokens of a completion, V vocabulary.
 """
@@ -220,8 +222,8 @@ def logprob_gap(rollouts: Sequence[dict[str, Any]], spec: str) -> dict[str, Any]
 def describe(results: Sequence[dict[str, Any]]) -> str:
     """Return a Markdown table."""
     lines = [
-        "| objective | avg@16 hf / vllm | greedy hf / vllm | first loss hf / vllm | largest loss gap before | "
-        "first other token at step | s a step hf / vllm |",
+        "| objective | avg@16 hf / vllm | greedy hf / vllm | first loss hf / vllm | largest relative loss gap "
+        "before another token | first other token at step | s a step hf / vllm |",
         "|---|---|---|---|---|---|---|",
     ]
     for result in results:

@@ -47,7 +47,16 @@ goes on where it was; with --ledger it pays for nothing twice.
 """
 
 
-_TAKES_SETTINGS = ("train", "estimate")
+_WRITE_SCORES = """\
+Asks an open-weight teacher (hf: or vllm:) once about the worked responses of the training data and writes down what it
+says, for any number of runs that learn from them. The run file is that of such a run; what it needs next is printed.
+Stopped half-way, the same command goes on where it was.
+
+  omniopd scores write opd-precomputed --out teacher-scores
+  omniopd scores write my.yaml teacher.spec=hf:Qwen/Qwen3-4B --out teacher-states --states
+"""
+
+_TAKES_SETTINGS = ("train", "estimate", "preflight", "scores")
 
 
 class _Parser(argparse.ArgumentParser):
@@ -74,8 +83,10 @@ def build_parser() -> argparse.ArgumentParser:
     subparsers = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
     _add_train(subparsers)
     _add_estimate(subparsers)
+    _add_preflight(subparsers)
     _add_eval(subparsers)
     _add_score(subparsers)
+    _add_scores(subparsers)
     _add_report(subparsers)
     _add_serve(subparsers)
     _add_teachers(subparsers)
@@ -115,6 +126,22 @@ def _add_estimate(subparsers: Subparsers) -> None:
     )
     _add_run(estimate)
     estimate.set_defaults(run=commands.estimate)
+
+
+def _add_preflight(subparsers: Subparsers) -> None:
+    preflight = subparsers.add_parser(
+        "preflight",
+        help="whether this teacher can teach this student on these prompts",
+        description="Draw rollouts of a run's first prompts and see what its teachers make of them: overlap and gap "
+        "where distributions can be had, endings and text where a teacher is asked. Spends money where that does; its "
+        "answers go into the ledger of the run, whose budget holds for both.",
+    )
+    _add_run(preflight)
+    preflight.add_argument("--prompts", type=int, default=64, metavar="N", help="default: %(default)s")
+    preflight.add_argument("--rollouts", type=int, default=4, metavar="N", help="of each prompt (default: %(default)s)")
+    preflight.add_argument("--no-text", action="store_true", help="ask no text teacher, so that nothing is paid")
+    preflight.add_argument("--json", type=Path, metavar="FILE", help="write all numbers here")
+    preflight.set_defaults(run=commands.preflight)
 
 
 def _add_cache(subparsers: Subparsers) -> None:
@@ -199,6 +226,32 @@ def _add_score(subparsers: Subparsers) -> None:
     score.set_defaults(run=commands.score)
 
 
+def _add_scores(subparsers: Subparsers) -> None:
+    scores = subparsers.add_parser(
+        "scores",
+        help="ask an open-weight teacher once, for many runs",
+        description="What an open-weight teacher says of answers that never change, in a folder.",
+    )
+    actions = scores.add_subparsers(dest="action", metavar="ACTION", required=True)
+    write = actions.add_parser(
+        "write", help="ask, and write it down", description="Write a teacher down.\n\n" + _WRITE_SCORES
+    )
+    _add_run(write)
+    write.add_argument("--out", type=Path, required=True, metavar="FOLDER", help="where it is kept; may be there")
+    kept = write.add_mutually_exclusive_group()
+    kept.add_argument(
+        "--top-k", type=int, metavar="K", help="its likeliest tokens at each place (default: what the loss reads)"
+    )
+    kept.add_argument("--states", action="store_true", help="its hidden states, for whole distributions; hf: only")
+    write.add_argument(
+        "--dtype", choices=("float32", "bfloat16", "float16"), help="of the states (default: that of its output layer)"
+    )
+    write.add_argument(
+        "--batch", type=int, metavar="N", help="answers that a kill loses at most (default: 64, of states 16)"
+    )
+    write.set_defaults(run=commands.scores_write)
+
+
 def _add_continuation(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--continuation",
@@ -267,7 +320,7 @@ def _add_configs(subparsers: Subparsers) -> None:
 
 
 def parse(words: Sequence[str]) -> argparse.Namespace:
-    """Parse the command line. `train` and `estimate` may mix options, files and settings in any order."""
+    """Parse the command line. What takes settings may mix options, files and settings in any order."""
     parser = build_parser()
     args, rest = parser.parse_known_args(words)
     # argparse stops collecting positional words at the first option that follows one.
@@ -302,6 +355,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         hints = {
             "train": "; the same command with --resume goes on from the last checkpoint",
             "score": "; finished rows are kept and the same command goes on from there",
+            "scores": "; what is written stays and the same command goes on from there",
         }
         hint = hints.get(args.command, "")
         print(f"\nomniopd: interrupted{hint}", file=sys.stderr)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -172,6 +173,22 @@ def describe_scores(summary: ScoreSummary) -> str:
     return "\n".join(lines)
 
 
+def scores_write(args: argparse.Namespace) -> int:
+    """Write down what an open-weight teacher says of the data's own responses."""
+    from omniopd.overrides import is_override, load_config
+    from omniopd.precompute import StoredKind, describe_precomputed, precompute
+    from omniopd.progress import RunProgress
+
+    kind = StoredKind(top_k=args.top_k, states=args.states, dtype=args.dtype, batch=args.batch)
+    files = [word for word in args.settings if not is_override(word)]
+    words = [word for word in args.settings if is_override(word)]
+    config = load_config(files, words, flags=_train_flags(args))
+    with RunProgress() as display:
+        done = precompute(config, args.out, kind, say=display.message, progress=partial(display.phase, "answers"))
+    print(describe_precomputed(done))
+    return 0
+
+
 def report(args: argparse.Namespace) -> int:
     """Write the report of a run and print where it lies."""
     from omniopd.report.build import build_report
@@ -265,6 +282,23 @@ def estimate(args: argparse.Namespace) -> int:
     files = [word for word in args.settings if not is_override(word)]
     words = [word for word in args.settings if is_override(word)]
     print(estimate_config(load_config(files, words, flags=_train_flags(args))))
+    return 0
+
+
+def preflight(args: argparse.Namespace) -> int:
+    """Check a run's teachers on fresh rollouts of its student, and print what they can teach."""
+    from omniopd.diagnosis.preflight_report import PreflightSettings, describe_preflight
+    from omniopd.overrides import is_override, load_config
+    from omniopd.preflight import run_preflight
+    from omniopd.run_folder import write_json_atomic
+
+    files = [word for word in args.settings if not is_override(word)]
+    words = [word for word in args.settings if is_override(word)]
+    settings = PreflightSettings(num_prompts=args.prompts, num_rollouts=args.rollouts, asks_for_text=not args.no_text)
+    found = run_preflight(load_config(files, words, flags=_train_flags(args)), settings)
+    print(describe_preflight(found))
+    if args.json is not None:
+        write_json_atomic(args.json, found.to_json())
     return 0
 
 

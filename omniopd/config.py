@@ -194,6 +194,34 @@ class EvalConfig(Section):
     """Samples for each problem in the evaluations during training."""
 
 
+class PrefixProbeConfig(Section):
+    """During the run, let the text teacher finish what the student began. Asks the teacher, so it costs money."""
+
+    every: int = Field(default=0, ge=0)
+    """Steps between two probes, the first and the last step among them; 0: none."""
+    max_rollouts: int = Field(default=16, ge=1)
+    """Rollouts of a step that are probed, of as many prompts as there are."""
+    fractions: tuple[float, ...] = (0.0, 0.25, 0.5, 0.75)
+    """Where they are cut, as shares of their length."""
+    positions: tuple[int, ...] = ()
+    """And after so many tokens; only these tell whether the teacher is ahead at all."""
+    num_continuations: int = Field(default=2, ge=1)
+    max_tokens: int | None = Field(default=None, ge=1)
+    """Of each answer; None: `rollout.max_tokens`."""
+
+
+class DiagnosticsConfig(Section):
+    """What is measured beside the losses. Nothing here changes what the student learns."""
+
+    every: int = Field(default=10, ge=0)
+    """Steps between two comparisons with open-weight teachers, the first and the last step among them; 0: none."""
+    max_tokens: int = Field(default=4096, ge=1)
+    """Tokens of a step's rollouts that are compared with a teacher; whole rollouts, at least one."""
+    top_k: int = Field(default=16, ge=1)
+    """Size of the sets of likeliest tokens that are compared."""
+    prefix_probe: PrefixProbeConfig = PrefixProbeConfig()
+
+
 class RunConfig(Section):
     """One run, complete."""
 
@@ -221,3 +249,4 @@ class RunConfig(Section):
     method: MethodConfig = MethodConfig()
     learner: LearnerConfig = LearnerConfig()
     eval: EvalConfig = EvalConfig()
+    diagnostics: DiagnosticsConfig = DiagnosticsConfig()

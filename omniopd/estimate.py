@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from omniopd.config import RunConfig
 from omniopd.errors import ConfigError
@@ -42,6 +42,14 @@ class Calls(Value):
             continuations=self.continuations * factor,
             output_tokens=self.output_tokens * factor,
             input_tokens=self.input_tokens * factor,
+        )
+
+    def plus(self, other: Calls) -> Calls:
+        return Calls(
+            requests=self.requests + other.requests,
+            continuations=self.continuations + other.continuations,
+            output_tokens=self.output_tokens + other.output_tokens,
+            input_tokens=self.input_tokens + other.input_tokens,
         )
 
 
@@ -137,16 +145,19 @@ def estimate_run(
     card = target.card
     found = probe.best if probe else None
     ignores_n = found is not None and found.honors_n is False
-    step = estimate_step(
-        config,
-        method,
-        prompt_tokens=prompt_tokens,
-        paid_per_sample=not card.can.n or ignores_n,
-        thinking_tokens=round(found.thinking_tokens or 0) if found else card.thinking.headroom_tokens,
-    )
+    paid_per_sample = not card.can.n or ignores_n
+    thinking = round(found.thinking_tokens or 0) if found else card.thinking.headroom_tokens
+    asked: dict[str, Any] = {
+        "prompt_tokens": prompt_tokens,
+        "paid_per_sample": paid_per_sample,
+        "thinking_tokens": thinking,
+    }
+    step = estimate_step(config, method, **asked)
     if step is None:
         return None
     low, high = (end.times(config.steps) for end in step)
+    probes = probe_calls(config, **asked)
+    low, high = low.plus(probes[0]), high.plus(probes[1])
     at_once = card.can.batch_prompts if transport == "completions" else 1
     seconds, source = _seconds(config, card, low, high, found.seconds if found else None, at_once)
     price = target.price
@@ -165,6 +176,30 @@ def estimate_run(
         seconds=seconds,
         seconds_source=source,
     )
+
+
+def probe_calls(
+    config: RunConfig, *, prompt_tokens: int, paid_per_sample: bool, thinking_tokens: int
+) -> tuple[Calls, Calls]:
+    """Return the lower and the upper end of all prefix probes of a run; nothing where they are off."""
+    settings, rollout = config.diagnostics.prefix_probe, config.rollout
+    steps = range(1, config.steps + 1) if settings.every else ()
+    num_probes = sum(s % settings.every == 0 or s in (1, config.steps) for s in steps)
+    num_rollouts = min(settings.max_rollouts, rollout.prompts_per_step * rollout.group_size)
+    prefixes = num_probes * num_rollouts * (len(set(settings.fractions)) + len(set(settings.positions)))
+    answers = prefixes * settings.num_continuations
+    requests = answers if paid_per_sample else prefixes
+    limit = settings.max_tokens or rollout.max_tokens
+
+    def calls(answer_tokens: int, prefix_tokens: int) -> Calls:
+        return Calls(
+            requests=requests,
+            continuations=answers,
+            output_tokens=answers * (answer_tokens + thinking_tokens),
+            input_tokens=requests * (prompt_tokens + prefix_tokens),
+        )
+
+    return calls(math.ceil(limit * LIKELY_CONTINUATION), 0), calls(limit, rollout.max_tokens)
 
 
 def chunk_shape(method: Method) -> tuple[int, int]:

@@ -79,7 +79,9 @@ def open_logit_teacher(
 
         weights = load_weights(config, teacher, name, offload_folder)
         context = context_length(weights.model.config)
-        scorer = ModelScores(weights, id=teacher.spec, context=context)
+        # A teacher of the same vocabulary may have more rows than the student, to pad its table.
+        num_tokens = vocabulary if settings.alignment == "none" else None
+        scorer = ModelScores(weights, id=teacher.spec, vocabulary=num_tokens, context=context)
         model = _model(role, config, policy, weights, tokenizer, end_ids)
     elif access == "states":
         from omniopd.learner.teachers import StoredTeacher
@@ -145,7 +147,8 @@ def wanted_of(evidence: Evidence, teacher: TeacherConfig, vocabulary: int) -> Wa
         raise ConfigError(
             f"learner.losses.kl needs the teacher's whole distribution over {vocabulary:,} tokens, but "
             f"{teacher.spec!r} gives the log-probs of some; use "
-            "learner.losses.kl={type: teacher_topk_reverse_kl, k: 20} or another top-k loss, method.supervision.objective: sampled, or teacher.spec=hf:MODEL"
+            "learner.losses.kl={type: teacher_topk_reverse_kl, k: 20} or another top-k loss, "
+            "method.supervision.objective: sampled, or teacher.spec=hf:MODEL"
         )
     return Wanted(top_k=vocabulary)
 

@@ -64,6 +64,12 @@ def _check_alignment(loss: TokenLoss, method: Method) -> None:
     settings = method.supervision
     if not isinstance(settings, LogprobSettings) or not method.uses_divergence:
         return
+    if settings.alignment == "groups" and isinstance(method.objective, MiniLLM):
+        raise ConfigError(
+            "method.supervision.objective is minillm, whose single step compares token by token, but "
+            "method.supervision.alignment is groups; set method.supervision.objective={type: minillm, single_step: "
+            "false}, or objective: divergence with learner.losses.kl={type: hybrid}"
+        )
     if settings.alignment == "groups" and loss.needs != "foreign_teacher":
         raise ConfigError(
             f"method.supervision.alignment is groups, but learner.losses.kl is {loss}, which compares token by token; "
@@ -139,7 +145,7 @@ def _check_role(role: Role) -> None:
             f"learner.losses.kl compares whole distributions of two vocabularies, which need the teacher's weights, "
             f"but {key} is {role.teacher.spec!r}; use hf:MODEL, or method.supervision.objective: sampled"
         )
-    if access == "states" and not method.uses_divergence:
+    if access == "states" and method.objective is not None and method.objective.uses_samples:
         raise ConfigError(
             f"{key} is {role.teacher.spec!r}, hidden states that only a divergence reads; use "
             "method.supervision.objective: divergence, or scores:FOLDER"

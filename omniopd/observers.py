@@ -5,9 +5,9 @@ from __future__ import annotations
 import copy
 import resource
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 from omniopd.progress import RunProgress
 from omniopd.prompts import LearnsFromRollouts, PromptSource
@@ -19,6 +19,7 @@ from omniopd.types import StepContext, TokenSignal, Update, Usage
 if TYPE_CHECKING:
     from omniopd.checkpoint import Checkpoints
     from omniopd.evaluation import EvalResult
+    from omniopd.logits.vllm_scores import ScoringUsage
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,6 +33,22 @@ class PromptFeedback:
             self.prompts.observe([signal.rollout for signal in signals])
 
 
+class ScoringTeacher(Protocol):
+    """An open-weight teacher that is asked for log-probs over a wire."""
+
+    def take_usage(self) -> ScoringUsage:
+        """Return what scoring took since this was last asked."""
+        ...
+
+
+class Diagnostics(Protocol):
+    """Measures a step beside its losses, before the step is recorded."""
+
+    def take(self) -> tuple[Mapping[str, float], Mapping[str, Any] | None]:
+        """Return the step's metrics, and what is too large for a metric as one row, if there is any."""
+        ...
+
+
 @dataclass(frozen=True, kw_only=True)
 class StepRecorder:
     """Writes each step down and shows it."""
@@ -40,10 +57,21 @@ class StepRecorder:
     progress: RunProgress
     timer: StepTimer
     teachers: Sequence[MeteredTeacher]
+    scorers: Sequence[ScoringTeacher] = ()
+    diagnostics: Diagnostics | None = None
 
     def after_step(self, update: Update, signals: Sequence[TokenSignal], ctx: StepContext) -> None:
         usage = sum((teacher.take() for teacher in self.teachers), Usage())
-        extra = {"memory/peak_rss_mb": peak_rss_mb()}
+        extra: dict[str, float | None] = {"memory/peak_rss_mb": peak_rss_mb()}
+        if self.scorers:
+            used = [scorer.take_usage() for scorer in self.scorers]
+            extra["teacher/scoring_requests"] = sum(of.requests for of in used)
+            extra["teacher/scored_tokens"] = sum(of.prompt_tokens for of in used)
+        if self.diagnostics is not None:
+            metrics, row = self.diagnostics.take()
+            extra |= metrics
+            if row is not None:
+                self.records.diagnostics({"step": update.step, **row})
         self.progress.step(self.records.step(update, signals, self.timer.take(), usage, extra))
 
 

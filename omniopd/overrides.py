@@ -26,7 +26,7 @@ from omniopd.presets import PRESETS, check_preset
 from omniopd.prompts import check_sampler
 
 _PACKAGE = Path(__file__).resolve().parent
-_PART_KEY = re.compile(r"(?:method|learner|data)(\.\w+|\[\d+\])+")
+_PART_KEY = re.compile(r"(?:method|learner|data|rollout|teachers?)(\.\w+|\[\d+\])+")
 _OVERRIDE = re.compile(r"[A-Za-z_]\w*(\.\w+)*=", re.ASCII)
 
 Tree = dict[str, Any]
@@ -282,7 +282,7 @@ def _check_parts(config: RunConfig, layers: Sequence[Layer]) -> None:
     except ConfigError as error:
         named = _PART_KEY.match(str(error))
         path = tuple(re.findall(r"\w+", named.group())) if named else ()
-        place = origin_of(path, layers)
+        place = origin_of(path, layers) if path else ""
         raise ConfigError(f"{error} ({place})" if place else str(error)) from error
 
 
@@ -380,23 +380,32 @@ def _expected(problem: ErrorDetails) -> str:
 
 
 def _section_of(annotation: Any) -> type[BaseModel] | None:
+    """Return the section that a field holds; sections by name, as in `teachers`, are not one."""
+    if typing.get_origin(annotation) is dict:
+        return None
     for candidate in (annotation, *typing.get_args(annotation)):
         if isinstance(candidate, type) and issubclass(candidate, BaseModel):
             return candidate
     return None
 
 
-def _all_paths(section: type[BaseModel], prefix: KeyPath = ()) -> list[KeyPath]:
+def _all_paths(section: type[BaseModel], prefix: KeyPath = (), *, near: KeyPath = ()) -> list[KeyPath]:
+    """Return every key path below a section. Of sections by name those of the name in `near`, which is anybody's."""
     paths: list[KeyPath] = []
     for name, field in section.model_fields.items():
-        paths.append((*prefix, name))
-        if inner := _section_of(field.annotation):
-            paths.extend(_all_paths(inner, (*prefix, name)))
+        home = (*prefix, name)
+        paths.append(home)
+        inner = _section_of(field.annotation)
+        if typing.get_origin(field.annotation) is dict and near[: len(home)] == home and len(near) > len(home) + 1:
+            home = near[: len(home) + 1]
+            inner = _section_of(typing.get_args(field.annotation)[1])
+        if inner is not None:
+            paths.extend(_all_paths(inner, home, near=near))
     return paths
 
 
 def _nearest(path: KeyPath) -> str:
-    every = _all_paths(RunConfig)
+    every = _all_paths(RunConfig, near=path)
     siblings = [known[-1] for known in every if known[:-1] == path[:-1]]
     elsewhere = sorted({known[-1] for known in every})
     name = path[-1]

@@ -81,9 +81,13 @@ class Records:
         for tracker in self._trackers:
             tracker.log(row["step"], numbers)
 
+    def diagnostics(self, row: Mapping[str, Any]) -> None:
+        """Write down what a step's diagnostics say beyond its metrics. Raises RunError when the disk refuses."""
+        self._append(diagnostics_of(self._folder), row)
+
     def truncate_after(self, step: int) -> None:
         """Drop all that was recorded beyond `step`, and a torn last line: what a resumed run starts from."""
-        for path in (self._folder.metrics, self._folder.evals):
+        for path in (self._folder.metrics, self._folder.evals, diagnostics_of(self._folder)):
             if path.is_file():
                 write_text_atomic(path, "".join(_line(r) for r in _read_rows(path) if r["step"] <= step))
         for number, path in rollout_files(self._folder):
@@ -178,6 +182,16 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
 
 def read_evals(path: Path) -> list[dict[str, Any]]:
     """Read evals.jsonl, as `read_metrics` does."""
+    return _read_rows(path)
+
+
+def diagnostics_of(folder: RunFolder) -> Path:
+    """Name the file of a run's diagnostics."""
+    return folder.path / "diagnostics.jsonl"
+
+
+def read_diagnostics(path: Path) -> list[dict[str, Any]]:
+    """Read diagnostics.jsonl, as `read_metrics` does."""
     return _read_rows(path)
 
 

@@ -12,16 +12,18 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from omniopd.config import RunConfig
+from omniopd.diagnosis.run_diagnostics import OpenTeacher, RunDiagnostics, Watched, most_likely_known
 from omniopd.errors import TeacherError
 from omniopd.inputs import check_teachers, load_prompts, open_text_teacher
 from omniopd.logit_teachers import open_logit_teacher
+from omniopd.logits.vllm_scores import VllmScores
 from omniopd.loop import Observer, Run, train
 from omniopd.method import ONLY_TEACHER, Method, Role, build_method
 from omniopd.method_settings import ChunkedSettings, LogprobSettings, RoutedSettings, Settings, VerifierSettings
 from omniopd.observers import PeriodicCheckpoint, PeriodicEvaluation, PromptFeedback, StepRecorder
 from omniopd.progress import RunProgress
 from omniopd.prompts import LearnsFromRollouts, build_sampler
-from omniopd.records import Records
+from omniopd.records import Records, read_metrics
 from omniopd.report.build import build_report
 from omniopd.run_folder import RunFolder, read_json, write_json_atomic
 from omniopd.spending import estimate_with
@@ -83,7 +85,7 @@ def build_route(settings: Settings) -> ByColumn | ByWeight | None:
     return ByColumn(column=settings.by, names=names, default=settings.default)
 
 
-class _Student:
+class Student:
     """What the rest of the run may know of the student's tokenizer."""
 
     def __init__(self, policy: Policy, detokenize: Detokenizer) -> None:
@@ -135,7 +137,7 @@ class _Session:
         }
         self.text_teachers = {name: teacher for name, teacher in opened.items() if teacher is not None}
         self.policy = Policy.load(config.student)
-        self.student = _Student(self.policy, Detokenizer(self.policy.tokenizer))
+        self.student = Student(self.policy, Detokenizer(self.policy.tokenizer))
         self.verifier, prompts, self.eval_prompts = load_prompts(config, self.policy, self.progress.message)
         self.prompts = build_sampler(config.data.sampler, prompts, config.seed)
         self.route = build_route(method.supervision)
@@ -165,6 +167,7 @@ class _Session:
             timer=self.timer,
         )
         self.engine = EmbeddedEngine(self.policy, config.rollout)
+        self.diagnostics = self._diagnostics()
         self.checkpoints = Checkpoints(folder, keep=config.keep_checkpoints)
         self.saver = PeriodicCheckpoint(
             every=config.save_every, checkpoints=self.checkpoints, state=self._state, prompts=self.prompts
@@ -212,6 +215,8 @@ class _Session:
                 progress=self.progress,
                 timer=self.timer,
                 teachers=tuple(self.text_teachers.values()),
+                scorers=tuple(of.scorer for of in self.logit_teachers.values() if isinstance(of.scorer, VllmScores)),
+                diagnostics=self.diagnostics,
             ),
         ]
         if self.eval_prompts and config.eval.every:
@@ -229,7 +234,7 @@ class _Session:
             seed=config.seed,
             prompts=self.prompts,
             behavior=self._behavior(),
-            supervision=self._supervision(),
+            supervision=Watched(supervision=self._supervision(), diagnostics=self.diagnostics),
             transforms=self.method.transforms,
             learner=self.learner,
             engine=self.engine,
@@ -351,6 +356,29 @@ class _Session:
         reward = VerifiedSupervision(normalize_std=settings.verifier.normalize_std)
         return SummedSupervision(((1.0, supervision), (settings.verifier.weight, reward)))
 
+    def _diagnostics(self) -> RunDiagnostics:
+        return RunDiagnostics(
+            settings=self.config.diagnostics,
+            match=self.learner.match,
+            open_teachers={
+                role.name: OpenTeacher(
+                    reader=of.reader,
+                    has_weights=of.model is not None,
+                    scorer=of.scorer,
+                    scorer_top_k=most_likely_known(of.scorer, role.teacher.scoring.max_logprobs),
+                    masked_ids=of.masked_ids,
+                )
+                for role in self.roles
+                if (of := self.logit_teachers.get(role.name)) is not None
+            },
+            text_teachers=self.text_teachers,
+            verifier=self.verifier,
+            answer_tokens=self.config.rollout.max_tokens,
+            route=self.route,
+            say=self.progress.message,
+            timer=self.timer,
+        )
+
     def _measure(self, source: str) -> StudentMeasure:
         """Take the engine's own figures where they are exact, else a forward pass of the learner."""
         exact = self.config.rollout.temperature == 1.0 and self.config.rollout.top_p == 1.0
@@ -431,11 +459,22 @@ class _Session:
             return 0
         state = self.checkpoints.load(step)
         self.learner.load_state_dict(state["learner"])
+        self.diagnostics.begin(read_metrics(self.folder.metrics))
         if isinstance(self.prompts, LearnsFromRollouts):
             self.prompts.load_state_dict(state["prompts"])
         self.earlier_seconds = state["seconds"]
         self.progress.message(f"resuming after step {step}")
         return step
+
+    def _teacher_names(self) -> list[str]:
+        """Name every teacher once, whether it writes or is compared with."""
+        asked = [role for role in self.roles if role.method.needs_teacher]
+        return list(
+            dict.fromkeys(
+                self.text_teachers[role.name].id if role.name in self.text_teachers else role.teacher.spec
+                for role in asked
+            )
+        )
 
     def _spent(self) -> Usage:
         """Return all that the run was billed, also for steps that a crash made it repeat."""
@@ -477,7 +516,7 @@ class _Session:
             "seed": self.config.seed,
             "steps": self.config.steps,
             "method": self.method.in_words(),
-            "teacher": ", ".join(teacher.id for teacher in self.text_teachers.values()) or None,
+            "teacher": ", ".join(self._teacher_names()) or None,
             "teacher_tokens": spent.output_tokens,
             "teacher_input_tokens": spent.input_tokens,
             "teacher_requests": spent.requests,

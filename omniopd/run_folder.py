@@ -26,6 +26,9 @@ FREE_ON_RESUME = frozenset(
     | {"teacher.budget_usd", "teacher.max_attempts", "teacher.max_concurrency", "teacher.max_missing_fraction"}
     | {"teacher.timeout_s", "teacher.deadline_s", "teacher.requests_per_minute", "teacher.tokens_per_minute"}
     | {"teacher.budget_tokens", "teacher.budget_calls", "teacher.price", "teacher.probe"}
+    | {"diagnostics.every", "diagnostics.max_tokens", "diagnostics.top_k"}
+    | {f"diagnostics.prefix_probe.{name}" for name in ("every", "max_rollouts", "fractions", "positions")}
+    | {f"diagnostics.prefix_probe.{name}" for name in ("num_continuations", "max_tokens")}
 )
 """Dotted keys that may differ between the first start of a run and its continuation."""
 
@@ -217,13 +220,14 @@ class RunFolder:
     def check_resumable(self, config: Mapping[str, Any]) -> None:
         """Raise RunError when `config` would continue the run as a different one."""
         before = self.read_resolved()
-        old, new = before.get("teacher") or {}, config.get("teacher") or {}
-        for name in ("budget_usd", "budget_tokens", "budget_calls"):
-            if old.get(name) is not None and new.get(name) is None:
-                raise RunError(
-                    f"{self.path} was started with teacher.{name}={old[name]}; give it again or raise it, so that no "
-                    "budget is dropped by accident"
-                )
+        new = _teachers(config)
+        for label, old in _teachers(before).items():
+            for name in ("budget_usd", "budget_tokens", "budget_calls"):
+                if old.get(name) is not None and new.get(label, {}).get(name) is None:
+                    raise RunError(
+                        f"{self.path} was started with {label}.{name}={old[name]}; give it again or raise it, so that "
+                        "no budget is dropped by accident"
+                    )
         differences = config_differences(before, dict(config))
         if differences:
             raise RunError(
@@ -251,7 +255,22 @@ def config_differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[s
     """
     before, after = _leaves(old), _leaves(new)
     changed = {key for key in before.keys() | after.keys() if before.get(key, _ABSENT) != after.get(key, _ABSENT)}
-    return sorted(changed - FREE_ON_RESUME)
+    return sorted(key for key in changed if not _is_free(key))
+
+
+def _is_free(key: str) -> bool:
+    """Tell whether a key may differ; each of several teachers may be changed as the only one may."""
+    if not key.startswith("teachers."):
+        return key in FREE_ON_RESUME
+    return any(
+        key.endswith(f".{name.removeprefix('teacher.')}") for name in FREE_ON_RESUME if name.startswith("teacher.")
+    )
+
+
+def _teachers(config: Mapping[str, Any]) -> dict[str, Mapping[str, Any]]:
+    """Return the settings of all teachers by the keys of their sections."""
+    several = config.get("teachers") or {}
+    return {"teacher": config.get("teacher") or {}, **{f"teachers.{name}": of for name, of in several.items()}}
 
 
 def describe_environment(argv: Sequence[str]) -> dict[str, Any]:

@@ -10,8 +10,9 @@ import pytest
 
 from omniopd.config import RunConfig
 from omniopd.errors import ConfigError
-from omniopd.estimate import Calls, estimate_run, estimate_step
+from omniopd.estimate import Calls, estimate_run, estimate_step, probe_calls
 from omniopd.method import build_method
+from omniopd.overrides import find_config, load_config
 from omniopd.spending import describe_calls, spending_notice
 from omniopd.teachers.probe import ProbeResult, WayProbe
 from omniopd.teachers.resolve import find_target
@@ -133,3 +134,17 @@ def test_nothing_fits(tmp_path: Path) -> None:
     run = run.model_copy(update={"rollout": run.rollout.model_copy(update={"max_tokens": 9})})
     with pytest.raises(ConfigError, match="nothing could be audited"):
         estimate_step(run, build_method(run.method), prompt_tokens=1, paid_per_sample=False)
+
+
+def test_the_prefix_probe_is_part_of_the_estimate() -> None:
+    quickstart = find_config("quickstart")
+    probe = "diagnostics.prefix_probe={every: 10, fractions: [0.0, 0.5], num_continuations: 3}"
+    probed = load_config([quickstart], ["steps=20", probe])
+    low, high = probe_calls(probed, prompt_tokens=10, paid_per_sample=False, thinking_tokens=2)
+    # Steps 1, 10 and 20; 16 of the 64 rollouts at 2 prefixes, 3 answers each of up to 40 tokens after 40.
+    assert (high.requests, high.continuations) == (3 * 16 * 2, 3 * 16 * 2 * 3)
+    assert high.output_tokens == 288 * (40 + 2)
+    assert high.input_tokens == 96 * (10 + 40)
+    assert low.output_tokens == 288 * (20 + 2)
+    off = load_config([quickstart])
+    assert probe_calls(off, prompt_tokens=10, paid_per_sample=False, thinking_tokens=2)[1].requests == 0

@@ -170,6 +170,33 @@ def test_hybrid_sees_the_identity_of_matched_tokens_alone() -> None:
     assert hybrid_loss(logs(HALVES), logs(SURE), nothing).item() == pytest.approx(0.8)
 
 
+def test_ids_become_indices_once_and_tables_of_other_widths_get_their_own() -> None:
+    matched = MatchedVocabulary(student_ids=(0, 2), teacher_ids=(3, 1))
+    device = torch.device("cpu")
+    columns = matched.columns(device, student_size=4, teacher_size=5)
+    assert columns.student_M.tolist() == [0, 2] and columns.teacher_M.tolist() == [3, 1]
+    assert columns.student_others.tolist() == [1, 3] and columns.teacher_others.tolist() == [0, 2, 4]
+    assert matched.columns(device, student_size=4, teacher_size=5) is columns
+    assert matched.columns(device, student_size=6, teacher_size=5).student_others.tolist() == [1, 3, 4, 5]
+    assert matched == MATCHED and hash(matched) == hash(MATCHED)
+
+
+@pytest.mark.parametrize("sizes", [[(4, 5), (4, 5)], [(4, 5), (6, 4), (4, 5)]])
+def test_a_vocabulary_that_was_used_before_gives_the_same_losses(sizes: list[tuple[int, int]]) -> None:
+    used = MatchedVocabulary(student_ids=(0, 2), teacher_ids=(3, 1))
+    with torch.inference_mode():
+        hybrid_loss(random_logprobs(3, sizes[0][0], 1), random_logprobs(3, sizes[0][1], 2), used)
+    for number, (ours, theirs) in enumerate(sizes):
+        student = random_logprobs(3, ours, number).requires_grad_()
+        teacher = random_logprobs(3, theirs, 10 + number)
+        fresh = hybrid_loss(student, teacher, MatchedVocabulary(student_ids=(0, 2), teacher_ids=(3, 1)))
+        again = hybrid_loss(student, teacher, used)
+        assert torch.equal(again, fresh)
+        (expected,) = torch.autograd.grad(fresh.sum(), student)
+        (got,) = torch.autograd.grad(again.sum(), student)
+        assert torch.equal(got, expected) and expected.abs().sum() > 0
+
+
 def test_unmatched_tokens_of_one_side_alone_count() -> None:
     # The teacher knows all of the student's tokens; its own third token holds .2 that nothing answers to.
     matched = MatchedVocabulary(student_ids=(0, 1), teacher_ids=(0, 1))

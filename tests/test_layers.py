@@ -58,7 +58,7 @@ LAYERS: tuple[frozenset[str], ...] = (
     frozenset({"overrides", "report", "spending"}),
     frozenset({"inputs", "logit_teachers"}),
     frozenset({"run"}),
-    frozenset({"dry_run"}),
+    frozenset({"dry_run", "precompute", "preflight"}),
     frozenset({"commands"}),
     frozenset({"cli"}),
     frozenset({"__main__"}),

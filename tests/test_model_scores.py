@@ -96,6 +96,54 @@ def test_a_top_k_of_the_whole_vocabulary_is_known_as_such(top_k: int) -> None:
         assert (np.diff(found.logprobs_TK, axis=-1) <= 0).all()
 
 
+def without_padding(reading: Reading, size: int) -> Tensor:
+    """Return the probabilities of the first tokens over their sum, as log-probs [T, size]."""
+    probs = reference(reading).exp()[:, :size]
+    return (probs / probs.sum(-1, keepdim=True)).log()
+
+
+def own_with_padding(reading: Reading) -> np.ndarray:
+    return reference(reading).gather(-1, torch.tensor(reading.token_ids)[:, None])[:, 0].numpy()
+
+
+# 0 to 19 are tokens, 20 to 22 pad the table: READINGS[2] holds some.
+PADDED = [READINGS[0], READINGS[1], READINGS[3]]
+
+
+@pytest.mark.parametrize("top_k", [0, 4, 20])
+def test_rows_that_pad_the_table_take_no_part(top_k: int) -> None:
+    teacher = ModelScores(Watched(), id="t", vocabulary=20, chunk_tokens=2)
+    assert teacher.vocabulary == 20
+    for scored, reading in zip(score(teacher, PADDED, top_k=top_k), PADDED, strict=True):
+        found, expected = record(scored), without_padding(reading, 20)
+        own = expected.gather(-1, torch.tensor(reading.token_ids)[:, None])[:, 0]
+        np.testing.assert_allclose(found.logprobs_T, own, rtol=0, atol=1e-12)
+        # Each gains what the padding had.
+        assert (found.logprobs_T > own_with_padding(reading)).all()
+        if not top_k:
+            continue
+        assert found.known == ("vocabulary" if top_k == 20 else "teacher_top_k")
+        assert found.ids_TK is not None and found.ids_TK.max() < 20
+        np.testing.assert_allclose(found.logprobs_TK, expected.topk(top_k, dim=-1).values, rtol=0, atol=1e-12)
+
+
+def test_requested_tokens_are_among_those_that_there_are() -> None:
+    wanted = np.array([[19, 4]])
+    asked = [Reading(prompt_ids=(8,), token_ids=(12,), requested_TK=ids) for ids in (wanted, wanted + 1)]
+    inside, outside = score(ModelScores(Watched(), id="t", vocabulary=20), asked)
+    np.testing.assert_allclose(record(inside).logprobs_TK, without_padding(asked[0], 20)[:, [19, 4]], atol=1e-12)
+    assert outside.detail == "requested token 20 is not in the teacher's vocabulary of 20"
+
+
+@pytest.mark.parametrize("vocabulary", [tiny.VOCABULARY, 1000])
+def test_a_table_without_padding_is_read_as_it_is(vocabulary: int) -> None:
+    plain, told = ModelScores(Watched(), id="t"), ModelScores(Watched(), id="t", vocabulary=vocabulary)
+    assert told.vocabulary == tiny.VOCABULARY
+    for one, other in zip(score(plain, READINGS, top_k=3), score(told, READINGS, top_k=3), strict=True):
+        np.testing.assert_array_equal(record(one).logprobs_T, record(other).logprobs_T)
+        np.testing.assert_array_equal(record(one).logprobs_TK, record(other).logprobs_TK)
+
+
 def test_requested_tokens_come_instead_of_the_likeliest_and_only_where_they_were_asked_for() -> None:
     wanted = np.array([[3, 1], [22, 22], [0, 5], [7, 8], [2, 20]], dtype=np.int32)
     asked = Reading(prompt_ids=READINGS[0].prompt_ids, token_ids=READINGS[0].token_ids, requested_TK=wanted)
@@ -189,6 +237,8 @@ def test_settings_out_of_range_are_refused() -> None:
         ModelScores(model, id="t", batch_tokens=0)
     with pytest.raises(ConfigError, match="chunk_tokens is -1"):
         ModelScores(model, id="t", chunk_tokens=-1)
+    with pytest.raises(ConfigError, match="vocabulary is 0"):
+        ModelScores(model, id="t", vocabulary=0)
     with pytest.raises(ConfigError, match="top_k is -1"):
         score(ModelScores(model, id="t"), READINGS, top_k=-1)
 

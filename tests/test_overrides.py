@@ -102,7 +102,6 @@ def test_unknown_keys_name_the_nearest_and_the_place(base: Path) -> None:
         ("teachers.big.temprature=1", "Did you mean teachers.big.temperature?"),  # a section by name
         ("teachers.big.weights.dtyp=auto", "Did you mean teachers.big.weights.dtype?"),
         ("teachers.big.group_size=1", "Did you mean rollout.group_size?"),
-        ("teacher.big.spec=hf:a", "Did you mean teacher.spec?"),
         ("student.zzz=1", "student has model, device, dtype, lora, gradient_checkpointing, chat_template"),
     ],
 )
@@ -272,3 +271,28 @@ def test_parts_in_files_name_the_file(tmp_path: Path) -> None:
     message = error_of(files=(file,))
     assert "alpha" in message
     assert message.endswith(f"({file}: method.supervision.credit.alhpa)")
+
+
+@pytest.mark.parametrize(
+    ("words", "written"),
+    [
+        (
+            ("method.supervision={type: logprob, objective: sampled}", "rollout.temperature=0.7", "teacher.spec=hf:a"),
+            "which holds whatever was drawn (override 'rollout.temperature=0.7')",
+        ),
+        (
+            ("teachers.big.spec=hf:a", "steps=3"),
+            "use `teacher` for one (override 'teachers.big.spec=hf:a')",
+        ),
+        # No key is named first, so no word is blamed.
+        (
+            (
+                "method.supervision={type: routed, by: domain, routes: {a: {domains: [x]}, b: {domains: [x]}}}",
+                "steps=3",
+            ),
+            "listed by the routes a and b; expected one of them",
+        ),
+    ],
+)
+def test_a_refusal_of_what_does_not_go_together_blames_the_word_it_names(words: tuple[str, ...], written: str) -> None:
+    assert error_of(*words).endswith(written)

@@ -15,7 +15,7 @@ import pytest
 
 import run_fixture
 from omniopd.errors import DataError, RunError
-from omniopd.records import rollout_files
+from omniopd.records import Records, read_metrics, rollout_files
 from omniopd.report import build_report, render_summary
 from omniopd.report.build import sample_rollouts
 from omniopd.report.objective import describe_objective
@@ -195,6 +195,51 @@ def test_a_damaged_rollout_file_is_named(tmp_path: Path) -> None:
         build_report(run.path)
 
 
+def _match(log_ratio: float, overlap: float | None) -> dict[str, object]:
+    means = {"log_ratio": log_ratio} | ({} if overlap is None else {"overlap_ratio": overlap})
+    return {
+        "top_k": 16,
+        "means": means,
+        "by_position": {name: [value, None, value] for name, value in means.items()},
+        "by_correctness": {"log_ratio": {"correct": log_ratio / 2, "wrong": None, "unverified": None}},
+    }
+
+
+def write_diagnostics(run: RunFolder) -> None:
+    """Add what the diagnostics of a run with two teachers leave behind, an alarm and a probe among it."""
+    records = Records(run)
+    records.diagnostics({"step": 1, "match": {"math": _match(-0.4, 0.5), "code": _match(-0.9, None)}})
+    records.diagnostics({"step": 3, "alarms": {"length": f"rollouts now have 90 tokens {HOSTILE}"}})
+    records.diagnostics({"step": 4, "match": {"math": _match(-0.2, 0.75)}, "prefix": {"math": {"lines": ["one"]}}})
+    rows = read_metrics(run.metrics)
+    lines = [json.dumps({**row, "alarm/length": float(row["step"] in (3, 4)), "alarm/repetition": 0.0}) for row in rows]
+    run.metrics.write_text("\n".join(lines) + "\n")
+
+
+def test_the_diagnostics_are_drawn_from_their_rows(tmp_path: Path) -> None:
+    run = run_fixture.write_run(tmp_path / "r", num_steps=4)
+    assert page_data(build_report(run.path))["diagnostics"] == {
+        "teachers": [],
+        "alarms": {"steps": {}, "said": []},
+        "probes": {},
+    }
+    write_diagnostics(run)
+    found = page_data(build_report(run.path))["diagnostics"]
+    math, code = found["teachers"]
+    assert (math["name"], code["name"]) == ("math", "code")
+    assert math["means"] == {"log_ratio": [[1, -0.4], [4, -0.2]], "overlap_ratio": [[1, 0.5], [4, 0.75]]}
+    assert math["by_correctness"] == {"log_ratio": {"correct": [[1, -0.2], [4, -0.1]], "wrong": []}}
+    assert math["profiles"]["overlap_ratio"] == [
+        {"step": 1, "values": [0.5, None, 0.5]},
+        {"step": 4, "values": [0.75, None, 0.75]},
+    ]
+    # Compared once: one profile, and nothing of what its teacher cannot tell.
+    assert code["profiles"] == {"log_ratio": [{"step": 1, "values": [-0.9, None, -0.9]}]}
+    assert found["alarms"]["steps"] == {"length": [3, 4], "repetition": []}
+    assert [(said["step"], said["name"]) for said in found["alarms"]["said"]] == [(3, "length")]
+    assert found["probes"] == {"math": {"step": 4, "lines": ["one"]}}
+
+
 def test_the_objective_in_words() -> None:
     objective = describe_objective(run_fixture.config())
     assert objective["text"][0].startswith("Reinforce each audited chunk by its agreement (edit)")
@@ -291,6 +336,29 @@ def test_a_browser_builds_the_page(run: RunFolder, tmp_path: Path) -> None:
     assert len(dom.of_class("continuation")) == sum(len(chunk["continuations"]) for chunk in first["chunks"])
     shades = {token["style"] for token in dom.of_class("token")}
     assert len(shades) > 5
+
+
+@needs_chromium
+def test_a_browser_draws_the_diagnostics(tmp_path: Path) -> None:
+    run = run_fixture.write_run(tmp_path / "r", num_steps=4)
+    write_diagnostics(run)
+    dom = Elements(browse(build_report(run.path), tmp_path / "profile", "--dump-dom").decode())
+    assert dict(dom.elements)["html"].get("data-ready") == "true"
+    pictures = [a["aria-label"] for tag, a in dom.elements if tag == "svg" and "aria-label" in a]
+    assert pictures[pictures.index("Seconds a step") + 1 :] == [
+        "Shared among the 16 likeliest tokens",
+        "Teacher minus student, nats a token",
+        "Teacher minus student, by verdict",
+        "Teacher minus student along the rollout",
+        "Shared likeliest tokens along the rollout",
+        "Teacher minus student, nats a token",
+        "Teacher minus student, by verdict",
+        "Teacher minus student along the rollout",
+        "alarms over the steps",
+    ]
+    # Two ends with two known tenths of three, two profiles; one end of the other teacher; steps 3 and 4 of an alarm.
+    assert len([tag for tag, _ in dom.elements if tag == "title"]) == 2 * 2 * 2 + 2 + 2 + 1
+    assert len([tag for tag, _ in dom.elements if tag == "script"]) == 2
 
 
 @needs_chromium

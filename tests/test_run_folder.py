@@ -118,6 +118,16 @@ def test_empty_and_absent_differ_and_a_tuple_equals_its_list() -> None:
     assert config_differences({"betas": [0.9, 0.99]}, {"betas": (0.9, 0.99)}) == []
 
 
+def test_budgets_of_several_teachers_are_kept_and_may_be_raised(tmp_path: Path) -> None:
+    folder = RunFolder.create(tmp_path / "r", resume=False, overwrite=False)
+    folder.write_resolved({"teachers": {"a.b": {"budget_usd": 5.0, "temperature": 1.0}}})
+    with pytest.raises(RunError, match=r"teachers\.a\.b\.budget_usd=5\.0; give it again or raise it"):
+        folder.check_resumable({"teachers": {"a.b": {"budget_usd": None, "temperature": 1.0}}})
+    folder.check_resumable({"teachers": {"a.b": {"budget_usd": 7.5, "temperature": 1.0}}})
+    with pytest.raises(RunError, match=r"teachers\.a\.b\.temperature"):
+        folder.check_resumable({"teachers": {"a.b": {"budget_usd": 7.5, "temperature": 0.5}}})
+
+
 def test_a_budget_is_not_dropped_by_accident(tmp_path: Path) -> None:
     folder = RunFolder.create(tmp_path / "r", resume=False, overwrite=False)
     folder.write_resolved({"teacher": {"budget_usd": 5.0}})

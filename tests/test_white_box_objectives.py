@@ -17,7 +17,8 @@ from torch import Tensor
 import tiny
 from omniopd.errors import ConfigError
 from omniopd.kernels import chunked_divergence
-from omniopd.learner.divergences import DIVERGENCES, GeneralizedJSD, SkewedKL, log_mixture_ratio
+from omniopd.learner.divergence_math import log_mixture_ratio
+from omniopd.learner.divergences import DIVERGENCES, GeneralizedJSD, SkewedKL
 from omniopd.learner.learner import Learner
 from omniopd.learner.loss_inputs import TokenSlice
 from omniopd.learner.losses import TokenLoss, build_losses

@@ -269,6 +269,23 @@ def prefix_probe_cost(
     return _cost(len(requests), settings, thinking_tokens)
 
 
+def cut_positions(rollouts: Sequence[Rollout]) -> tuple[int, ...]:
+    """Return where the prefix probe cuts: before the first token, and at about 1/4, 1/2 and 3/4 of a typical rollout.
+
+    Absolute positions, because a fraction of each rollout's own length favors the student; two binary digits of each,
+    so that more prompts seldom move a cut and what was asked stays asked.
+    """
+    lengths = sorted(num_text_tokens(r) for r in rollouts if is_students_own(r))
+    middle = lengths[len(lengths) // 2] if lengths else 0
+    parts = [middle // 4, middle // 2, 3 * middle // 4]
+    return tuple(sorted({0, *(_two_digits(part) for part in parts if part)}))
+
+
+def _two_digits(number: int) -> int:
+    dropped = max(0, number.bit_length() - 2)
+    return number >> dropped << dropped
+
+
 def largest_prefix_probe_cost(
     *, num_prompts: int, group_size: int, settings: PrefixProbeSettings, thinking_tokens: int = 0
 ) -> ProbeCost:

@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from omniopd.errors import ConfigError
+from omniopd.learner.divergence_math import kl, log_mixture_ratio, with_tail
 from omniopd.learner.loss_inputs import Fused
 from omniopd.logits.estimators import LOWERS, estimate
 
@@ -26,8 +27,6 @@ if TYPE_CHECKING:
 
     from omniopd.learner.loss_inputs import KnownTokens, TokenSlice
 
-_FAR = 30.0
-"""Log-ratios beyond this are computed from the other end; e ** 30 squared still fits into float32."""
 _LEAST_REST = 1e-7
 """Mass that a teacher leaves to the tokens it did not name, at least: what float32 log-probs can tell from none."""
 _FUSED_BETA = 0.01
@@ -227,7 +226,7 @@ class TopKDivergence(TeacherDivergence):
         size = student.shape[-1]
         ids_NK = (teacher if self.of_teacher else student.detach()).topk(min(self.k, size), -1).indices
         if self.tail and self.k < size:
-            return _with_tail(student, ids_NK), _with_tail(teacher, ids_NK)
+            return with_tail(student, ids_NK), with_tail(teacher, ids_NK)
         return student.gather(-1, ids_NK), teacher.gather(-1, ids_NK)
 
     def _known_outcomes(self, tokens: TokenSlice, known: KnownTokens) -> tuple[Tensor, Tensor]:
@@ -239,7 +238,7 @@ class TopKDivergence(TeacherDivergence):
         if not self.tail or ids_NK.shape[-1] == tokens.logprobs_NV.shape[-1]:
             return tokens.logprobs_NV.gather(-1, ids_NK) / self.temperature, teacher / self.temperature
         rest = (-teacher.exp().sum(-1, keepdim=True).clamp(max=1.0 - _LEAST_REST)).log1p()
-        return _with_tail(tokens.logprobs_NV, ids_NK), torch.cat([teacher, rest], -1)
+        return with_tail(tokens.logprobs_NV, ids_NK), torch.cat([teacher, rest], -1)
 
     def normalize(self, student: Tensor, teacher: Tensor) -> tuple[Tensor, Tensor]:
         """Make both add up to 1 where the tail does not do that already."""
@@ -364,36 +363,6 @@ DIVERGENCES: Mapping[str, type[Any]] = {
     "student_topk_reverse_kl": StudentTopKReverseKL,
     "sampled_token": SampledToken,
 }
-
-
-def kl(first: Tensor, second: Tensor) -> Tensor:
-    """Return KL(first || second) [N] of log-probabilities [N, K]."""
-    return (first.exp() * (first - second)).sum(-1)
-
-
-def log_mixture_ratio(first: Tensor, second: Tensor, share: float) -> Tensor:
-    """Return log((1 - share) first + share second) - log first of log-probabilities, for 0 < share < 1.
-
-    Exact relative to `share` however small it is, where log-sum-exp would leave rounding errors of the size of log
-    first; dividing by a small share later does not blow them up.
-    """
-    if share > 0.5:
-        return second - first + log_mixture_ratio(second, first, 1.0 - share)
-    ratio = second - first
-    near = (share * ratio.clamp(max=_FAR).expm1()).log1p()
-    far = ratio.clamp(min=_FAR)
-    return near.where(ratio <= _FAR, far + (share + (1.0 - share) * (-far).exp()).log())
-
-
-def _with_tail(logprobs_NV: Tensor, ids_NK: Tensor) -> Tensor:
-    """Return the log-probs of some tokens and of all others together [N, K + 1].
-
-    The others are summed where they are: 1 minus the sum of the kept would cancel.
-    """
-    import torch
-
-    rest = logprobs_NV.scatter(-1, ids_NK, -math.inf).logsumexp(-1, keepdim=True)
-    return torch.cat([logprobs_NV.gather(-1, ids_NK), rest], -1)
 
 
 def _check_share(name: str, value: float) -> None:

@@ -17,6 +17,7 @@ from omniopd.learner.foreign import accumulate_groups
 from omniopd.learner.fused import can_fuse, fused_loss, fused_score
 from omniopd.learner.loss_inputs import TokenSlice
 from omniopd.learner.losses import STREAMS, build_losses
+from omniopd.learner.matching import Evidence, TokenDiagnostics, match
 from omniopd.learner.policy import Policy
 from omniopd.learner.teachers import ForeignTeacher, TeacherModel
 from omniopd.learner.terms import (
@@ -147,14 +148,33 @@ class Learner:
         for start in range(0, len(rollouts), size):
             part = rollouts[start : start + size]
             for states_TH in self._states(part):
-                tops = [
-                    self.policy.logprobs(states_TH[first : first + self._config.logits_slice_tokens]).topk(
-                        min(k, self._vocabulary), -1
-                    )
-                    for first in range(0, len(states_TH), self._config.logits_slice_tokens)
-                ]
+                with self.policy.autocast():
+                    tops = [
+                        self.policy.logprobs(states_TH[first : first + self._config.logits_slice_tokens]).topk(
+                            min(k, self._vocabulary), -1
+                        )
+                        for first in range(0, len(states_TH), self._config.logits_slice_tokens)
+                    ]
                 ids, values = (torch.cat([getattr(top, name) for top in tops]).cpu() for name in ("indices", "values"))
                 found.append((ids.numpy(), values.numpy()))
+        self.policy.model.train(was_training)
+        return found
+
+    @torch.no_grad()
+    def match(
+        self, rollouts: Sequence[Rollout], evidence: Sequence[Evidence], *, teacher: str, k: int
+    ) -> list[TokenDiagnostics]:
+        """Compare the student with a teacher at every token, see `matching.match`. Leaves no trace in the training."""
+        was_training = self.policy.model.training
+        self.policy.model.eval()
+        found: list[TokenDiagnostics] = []
+        size = self._config.micro_batch_size
+        # Several tables [N, V] exist at once, where a fused step has none.
+        slice_tokens = max(1, self._config.logits_slice_tokens // 4)
+        for start in range(0, len(rollouts), size):
+            part, of = rollouts[start : start + size], evidence[start : start + size]
+            model = self._teachers.get(teacher)
+            found += match(self.policy, self._states(part), part, model, of, k=k, slice_tokens=slice_tokens)
         self.policy.model.train(was_training)
         return found
 

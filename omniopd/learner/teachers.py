@@ -45,16 +45,16 @@ class LiveTeacher:
     """A teacher in this process: its trunk runs on every micro-batch, its logits exist a slice at a time."""
 
     def __init__(self, model: LanguageModel) -> None:
-        self._model = model
+        self.weights = model
         self.vocabulary: int = model.model.config.get_text_config().vocab_size
         self.head = model.plain_head
 
     @torch.no_grad()
     def states(self, readings: Sequence[Reading]) -> list[Tensor]:
         input_ids_BL, mask_BL = pad_sequences([r.prompt_ids + r.token_ids for r in readings], pad_id=0)
-        device = self._model.device
-        with self._model.autocast():
-            states_BLG = self._model.hidden(input_ids_BL.to(device), mask_BL.to(device))
+        device = self.weights.device
+        with self.weights.autocast():
+            states_BLG = self.weights.hidden(input_ids_BL.to(device), mask_BL.to(device))
         found = []
         for row, reading in enumerate(readings):
             start = len(reading.prompt_ids) - 1
@@ -63,8 +63,8 @@ class LiveTeacher:
 
     @torch.no_grad()
     def logprobs(self, states_NG: Tensor) -> Tensor:
-        with self._model.autocast():
-            return self._model.logprobs(states_NG)
+        with self.weights.autocast():
+            return self.weights.logprobs(states_NG)
 
 
 class ForeignTeacher(LiveTeacher):

@@ -118,9 +118,16 @@ def foreign_terms_of(
         if losses[stream].needs != "foreign_teacher":
             continue
         members: dict[str | None, list[tuple[int, Read]]] = defaultdict(list)
-        for b, signal in enumerate(batch.signals):
-            if isinstance(signal.kl_evidence, Read) and bool((batch.rows_N == b).any()):
-                members[signal.kl_teacher].append((b, signal.kl_evidence))
+        # Rollouts without a weighted token need no evidence, and no teacher reads them.
+        for b in sorted(set(batch.rows_N[weights_N > 0].tolist())):
+            signal = batch.signals[b]
+            if not isinstance(signal.kl_evidence, Read) or signal.kl_evidence.alignment is None:
+                raise LearnerError(
+                    f"rollout {signal.rollout.id}: the loss {losses[stream]} compares groups of tokens, but the signal "
+                    "does not say in which tokens the teacher reads the rollout; set method.supervision.alignment: "
+                    "groups, or use a loss for one vocabulary such as reverse_kl"
+                )
+            members[signal.kl_teacher].append((b, signal.kl_evidence))
         for name, of in members.items():
             teacher = _named(name, teachers)
             if not isinstance(teacher, ForeignTeacher):

@@ -7,7 +7,7 @@ distribution that predicts token t. The teacher's side never gets a gradient.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
 
 import torch
@@ -68,14 +68,28 @@ def uld_loss(student_logprobs_GV: Tensor, teacher_logprobs_GW: Tensor) -> Tensor
     return _sorted_l1(student_logprobs_GV.exp(), teacher_logprobs_GW.detach().exp())
 
 
+@dataclass(frozen=True, slots=True, eq=False)
+class MatchedColumns:
+    """Where matched and unmatched tokens stand in tables of log-probs, on one device."""
+
+    student_M: Tensor
+    teacher_M: Tensor
+    """The same tokens in the same order."""
+    student_others: Tensor
+    teacher_others: Tensor
+
+
 @dataclass(frozen=True)
 class MatchedVocabulary:
-    """Tokens with the same bytes in both vocabularies, see `alignment.shared_tokens`."""
+    """Tokens with the same bytes in both vocabularies, see `token_bytes.shared_tokens`."""
 
     student_ids: tuple[int, ...]
     """[M]"""
     teacher_ids: tuple[int, ...]
     """[M] the same tokens."""
+    _columns: dict[tuple[torch.device, int, int], MatchedColumns] = field(
+        default_factory=dict, init=False, repr=False, compare=False
+    )
 
     def __post_init__(self) -> None:
         if len(self.student_ids) != len(self.teacher_ids):
@@ -83,6 +97,19 @@ class MatchedVocabulary:
         for side, ids in (("student", self.student_ids), ("teacher", self.teacher_ids)):
             if len(set(ids)) != len(ids):
                 raise DataError(f"a {side} id is matched twice; expected one to one")
+
+    def columns(self, device: torch.device, *, student_size: int, teacher_size: int) -> MatchedColumns:
+        """Return the ids as indices for tables of these widths. Made once: tuples of 100,000 ids cost milliseconds."""
+        key = (device, student_size, teacher_size)
+        if key not in self._columns:
+            # Tensors made in inference mode could not be used where a gradient is wanted later.
+            with torch.inference_mode(False):
+                student_M = torch.tensor(self.student_ids, dtype=torch.long, device=device)
+                teacher_M = torch.tensor(self.teacher_ids, dtype=torch.long, device=device)
+                self._columns[key] = MatchedColumns(
+                    student_M, teacher_M, _others(student_M, student_size), _others(teacher_M, teacher_size)
+                )
+        return self._columns[key]
 
 
 def hybrid_loss(
@@ -115,17 +142,12 @@ def hybrid_loss(
     if (matched_weight is None) != (unmatched_weight is None):
         raise ConfigError("matched_weight and unmatched_weight go together: give both, or neither for adaptive ones")
     student, teacher = student_logprobs_GV, teacher_logprobs_GW.detach()
-    device = student.device
-    student_ids = torch.tensor(matched.student_ids, dtype=torch.long, device=device)
-    teacher_ids = torch.tensor(matched.teacher_ids, dtype=torch.long, device=device)
+    columns = matched.columns(student.device, student_size=student.shape[-1], teacher_size=teacher.shape[-1])
     if matched_weight is None or unmatched_weight is None:
         matched_weight = len(matched.teacher_ids) / max(1, teacher.shape[-1])
         unmatched_weight = 1.0 - matched_weight
-    same = generalized_jsd(student[:, student_ids], teacher[:, teacher_ids], beta=beta)
-    others = _sorted_l1(
-        student[:, _others(student_ids, student.shape[-1])].exp(),
-        teacher[:, _others(teacher_ids, teacher.shape[-1])].exp(),
-    )
+    same = generalized_jsd(student[:, columns.student_M], teacher[:, columns.teacher_M], beta=beta)
+    others = _sorted_l1(student[:, columns.student_others].exp(), teacher[:, columns.teacher_others].exp())
     return matched_weight * same + unmatched_weight * others
 
 

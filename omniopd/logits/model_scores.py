@@ -47,6 +47,8 @@ class ModelScores:
 
     Args:
         id: for records.
+        vocabulary: tokens that there are, where the head has more rows to pad its table; those are left out, and the
+            others add up to 1. None: all rows. Give the student's, whose tokens are compared.
         context: tokens that the model can hold with the prompt; longer completions have no record. None: no bound.
         batch_tokens: tokens of one forward pass, padding included; a longer completion goes alone.
         chunk_tokens: tokens whose log-probs over the vocabulary exist at once; 128 x 152k are 78 MB in float32, and
@@ -58,6 +60,7 @@ class ModelScores:
         model: ScoringModel,
         *,
         id: str,
+        vocabulary: int | None = None,
         context: int | None = None,
         batch_tokens: int = 8192,
         chunk_tokens: int = 128,
@@ -65,8 +68,11 @@ class ModelScores:
         for name, value in (("batch_tokens", batch_tokens), ("chunk_tokens", chunk_tokens)):
             if value < 1:
                 raise ConfigError(f"{name} is {value}; expected 1 or more")
+        if vocabulary is not None and vocabulary < 1:
+            raise ConfigError(f"vocabulary is {vocabulary}; expected the number of tokens, or None for all rows")
         self._model = model
         self._id = id
+        self._known_tokens = vocabulary
         self._context = context
         self._batch_tokens = batch_tokens
         self._chunk_tokens = chunk_tokens
@@ -80,12 +86,12 @@ class ModelScores:
 
     @cached_property
     def vocabulary(self) -> int:
-        """Rows of the head, which may be more than the tokenizer has tokens. Costs a forward pass over one token."""
+        """Tokens that have a log-prob: rows of the head, or as many as were told. Costs a forward pass of one token."""
         import torch
 
         ids_11 = torch.zeros((1, 1), dtype=torch.long, device=self._model.device)
         with torch.no_grad(), self._model.autocast():
-            return self._model.logprobs(self._model.hidden(ids_11, torch.ones_like(ids_11))[0]).shape[-1]
+            return self._logprobs(self._model.hidden(ids_11, torch.ones_like(ids_11))[0]).shape[-1]
 
     async def score(self, readings: Sequence[Reading], *, top_k: int = 0) -> list[Scored]:
         """Score every completion, in order, as `SequenceTeacher` says.
@@ -149,6 +155,13 @@ class ModelScores:
                 scored.append(self._record(hidden_BLH[row, start : start + len(reading.token_ids)], reading, top_k))
         return scored
 
+    def _logprobs(self, hidden_nH: Tensor) -> Tensor:
+        """Return log-softmax [n, V] over the tokens that there are."""
+        logprobs_nV = self._model.logprobs(hidden_nH)
+        if self._known_tokens is None or self._known_tokens >= logprobs_nV.shape[-1]:
+            return logprobs_nV
+        return logprobs_nV[:, : self._known_tokens].log_softmax(-1)
+
     def _record(self, hidden_TH: Tensor, reading: Reading, top_k: int) -> Scored:
         """Read what is asked for off the hidden states that predict the T tokens."""
         import torch
@@ -161,7 +174,7 @@ class ModelScores:
         own, tables, ids = [], [], []
         for start in range(0, max(1, len(hidden_TH)), self._chunk_tokens):
             part = slice(start, start + self._chunk_tokens)
-            logprobs_nV = self._model.logprobs(hidden_TH[part])
+            logprobs_nV = self._logprobs(hidden_TH[part])
             own.append(logprobs_nV.gather(-1, token_ids_T1[part]).squeeze(-1).cpu())
             if wanted_TK is not None:
                 tables.append(logprobs_nV.gather(-1, wanted_TK[part]).cpu())

@@ -17,6 +17,7 @@ from omniopd.errors import RunError
 from omniopd.estimate import Estimate
 from omniopd.progress import format_seconds, format_usd
 from omniopd.records import parse_signal, read_evals, read_metrics, rollout_files, usage_of
+from omniopd.report.diagnostics import collect_diagnostics
 from omniopd.report.objective import describe_objective
 from omniopd.run_folder import RunFolder, TeacherFiles, read_json, write_text_atomic
 from omniopd.types import Audit, TokenSignal, Usage
@@ -57,6 +58,7 @@ def collect(folder: RunFolder, *, max_samples: int) -> dict[str, Any]:
         "metrics": _columns(rows),
         "every": _stride(len(rows)),
         "evals": evals,
+        "diagnostics": collect_diagnostics(folder, rows),
         "costs": _costs(rows, spent) + _expected(folder, rows),
         "config": folder.resolved.read_text(encoding="utf-8"),
         "environment": read_json(folder.environment) if folder.environment.is_file() else None,
@@ -73,7 +75,7 @@ def render_page(data: Mapping[str, Any]) -> str:
         "{{title}}": html.escape(f"{data['name']} - omniopd"),
         "{{verdict}}": html.escape(f"{data['verdict']['headline']}. {data['verdict']['detail']}"),
         "{{style}}": (here / "template.css").read_text(encoding="utf-8"),
-        "{{script}}": (here / "template.js").read_text(encoding="utf-8"),
+        "{{script}}": "".join((here / name).read_text(encoding="utf-8") for name in ("diagnostics.js", "template.js")),
         "{{data}}": payload,
     }
     page = (here / "template.html").read_text(encoding="utf-8")

@@ -475,6 +475,6 @@ function facts() {
     folded("All metrics", metricsTable()));
 }
 
-document.getElementById("page").append(hero(), curves(), browser(), facts(),
+document.getElementById("page").append(...[hero(), curves(), diagnostics(), browser(), facts()].filter(Boolean),
   el("footer", {}, "Every number on this page is read from the records in the run folder."));
 document.documentElement.dataset.ready = "true";

@@ -59,7 +59,7 @@ def read_facts(text: str) -> Facts:
       or `the answer is 71`.
     """
     items: Counter[tuple[str, Number]] = Counter()
-    tokens = list(_tokens(_plain(text)))
+    tokens = list(_tokens(plain(text)))
     for i, token in enumerate(tokens):
         if token.kind == "number":
             number, first = _signed(tokens, i)
@@ -69,7 +69,7 @@ def read_facts(text: str) -> Facts:
                 items[relation, number] += 1
         elif token.kind == "operator" and _is_arithmetic(tokens, i):
             items[token.text, ""] += 1
-    return Facts(items=items, words=word_counts(text), final=_final_answer(text))
+    return Facts(items=items, words=word_counts(text), final=stated_answer(text))
 
 
 class _Token(NamedTuple):
@@ -130,8 +130,8 @@ def _slashed(fraction: re.Match[str]) -> str:
     return ("-" if (top_sign == "-") != (bottom_sign == "-") else "") + "/".join(sides)
 
 
-def _plain(text: str) -> str:
-    """Rewrite LaTeX and Unicode mathematics in ASCII, as far as `_tokens` needs it."""
+def plain(text: str) -> str:
+    """Rewrite LaTeX and Unicode mathematics in ASCII, as far as the readers of numbers need it."""
     text = text.translate(_CHARACTERS)
     text = re.sub(r"(?<=[0-9A-Za-z])(?=\\[dtc]?frac)", " ", text)
     text = _FRAC.sub(_slashed, text)
@@ -176,9 +176,9 @@ def _tokens(text: str) -> Iterator[_Token]:
 
 def _fraction(found: list[_Token], i: int) -> tuple[Number, int]:
     """Return the number that starts at token i and how many tokens it takes."""
-    value = _exact(found[i].text)
+    value = exact(found[i].text)
     if i + 2 < len(found) and found[i + 1].text == "/" and found[i + 2].kind == "number":
-        below = _exact(found[i + 2].text)
+        below = exact(found[i + 2].text)
         tight = not (found[i + 1].spaced or found[i + 2].spaced)
         if tight and isinstance(value, Fraction) and isinstance(below, Fraction) and below:
             ratio = value / below
@@ -188,7 +188,8 @@ def _fraction(found: list[_Token], i: int) -> tuple[Number, int]:
 
 
 @lru_cache(maxsize=4096)
-def _exact(digits: str) -> Number:
+def exact(digits: str) -> Number:
+    """Return the value of decimal digits, grouped or not; the digits where there are more than 300."""
     digits = digits.replace(",", "")
     return Fraction(digits) if len(digits) <= _MAX_DIGITS else digits
 
@@ -265,7 +266,8 @@ _WHOLE_NUMBER = re.compile(
 )
 
 
-def _final_answer(text: str) -> Number | None:
+def stated_answer(text: str) -> Number | None:
+    """Return the final answer a text states, see `read_facts`; None when it states none."""
     boxed = [content for match in _BOXED.finditer(text) if (content := _braced(text, match.end())) is not None]
     if boxed:
         return _answer_value(boxed[-1]) or None
@@ -290,12 +292,12 @@ def _braced(text: str, start: int) -> str | None:
 
 def _answer_value(text: str) -> Number:
     """Return the number an answer is, units left out, or else its text without layout."""
-    plain = _plain(re.sub(r"\\(?:text|mathrm|mbox)\s*\{[^{}]*\}", " ", text)).strip()
-    plain = re.sub(r"(?<=[0-9]),(?=[0-9]{3})", "", plain)
-    match = _WHOLE_NUMBER.match(plain)
-    rest = "" if match is None else plain[match.end() :].strip(" .,;*")
+    flat = plain(re.sub(r"\\(?:text|mathrm|mbox)\s*\{[^{}]*\}", " ", text)).strip()
+    flat = re.sub(r"(?<=[0-9]),(?=[0-9]{3})", "", flat)
+    match = _WHOLE_NUMBER.match(flat)
+    rest = "" if match is None else flat[match.end() :].strip(" .,;*")
     if match is None or len(match[2]) > _MAX_DIGITS or not re.fullmatch(r"[^0-9=<>+*/^\\-]*", rest):
-        return " ".join(plain.strip(" .;*").lower().split())
+        return " ".join(flat.strip(" .;*").lower().split())
     value = Fraction(match[2])
     if match[3] and Fraction(match[3]):
         value /= Fraction(match[3])

@@ -20,7 +20,7 @@ from omniopd.errors import ConfigError, MissingExtraError, ScoringError
 
 F = TypeVar("F")
 
-LEXICAL = ("edit", "rouge1", "chrf", "exact", "numbers")
+LEXICAL = ("edit", "rouge1", "chrf", "exact", "numbers", "default")
 """Names that need no model."""
 
 OPTIONS = ("floor", "align", "device")
@@ -60,8 +60,8 @@ def get_similarity(name: str) -> Similarity:
     - `| align` or `| align SHARE`: compare equal lengths, see `Align`.
     - `| device cuda`: where an embedding model runs; the default is sentence-transformers' own choice.
 
-    Names: edit, rouge1, chrf, exact, numbers, embedding, embedding:MODEL_OR_FOLDER (the path must not hold `+`, `*`
-    or `|`).
+    Names: edit, rouge1, chrf, exact, numbers, default (see `scoring.default`), embedding, embedding:MODEL_OR_FOLDER
+    (the path must not hold `+`, `*` or `|`).
 
     Raises:
         ConfigError: the line cannot be read; names the nearest valid name.
@@ -307,6 +307,11 @@ def _named(name: str, *, device: str | None) -> Similarity:
         from omniopd.scoring.numbers import agreement, read_facts
 
         return Featured("numbers", read_facts, agreement)
+    if name == "default":
+        from omniopd.scoring.default import compare_worked
+        from omniopd.scoring.worked import read_worked
+
+        return Featured("default", read_worked, compare_worked)
     kind, _, model = name.partition(":")
     if kind == "embedding":
         from omniopd.scoring.embed import DEFAULT_MODEL, EmbeddingSimilarity

@@ -37,7 +37,7 @@ class ByColumn:
         value = getattr(prompt, self.column)
         found = self.names.get(value) if value is not None else None
         if found is None and self.default is None:
-            raise ConfigError(f"prompt {prompt.id}: {self._problem([value])}")
+            raise ConfigError(f"prompt {prompt.id} has no route: {self._problem([value])}")
         return found or self.default or ""
 
     def check(self, prompts: Sequence[Prompt]) -> None:
@@ -47,14 +47,16 @@ class ByColumn:
         values = Counter(getattr(prompt, self.column) for prompt in prompts)
         lost = {value: count for value, count in values.items() if value not in self.names}
         if lost:
-            raise ConfigError(f"{sum(lost.values()):,} of {len(prompts):,} prompts {self._problem(list(lost))}")
+            raise ConfigError(
+                f"{sum(lost.values()):,} of {len(prompts):,} prompts have no route: {self._problem(list(lost))}"
+            )
 
     def _problem(self, values: Sequence[str | None]) -> str:
         seen = ", ".join("none" if value is None else repr(value) for value in values[:3])
         known = ", ".join(map(repr, self.names))
         return (
-            f"have no route: their {self.column} is {seen}, the routes are for {known}; add a route, fix the column, "
-            "or set method.supervision.default"
+            f"{self.column} is {seen}, the routes are for {known}; add a route, fix the column, or set "
+            "method.supervision.default"
         )
 
 

@@ -12,7 +12,7 @@ import sys
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import pytest
@@ -46,8 +46,13 @@ def _stop(process: subprocess.Popen[bytes]) -> None:
 
 
 @contextlib.contextmanager
-def vllm_server(folder: Path, *, name: str, log: Path, max_model_len: int = 512) -> Iterator[str]:
-    """Run vLLM's own server on a model folder and yield its base URL, up to and including `/v1`."""
+def vllm_server(
+    folder: Path, *, name: str, log: Path, max_model_len: int = 512, options: Sequence[str] = ()
+) -> Iterator[str]:
+    """Run vLLM's own server on a model folder and yield its base URL, up to and including `/v1`.
+
+    `options` are added to its command line.
+    """
     if importlib.util.find_spec("vllm") is None:
         pytest.skip("vLLM is not installed here; `make test-engines` makes an environment with it")
     if (platform.system(), platform.machine()) != ("Linux", "x86_64"):
@@ -58,7 +63,7 @@ def vllm_server(folder: Path, *, name: str, log: Path, max_model_len: int = 512)
     command += ["--served-model-name", name, "--host", "127.0.0.1", "--port", str(port), "--dtype", "float32"]
     command += ["--enforce-eager", "--max-model-len", str(max_model_len), "--max-num-seqs", "16"]
     # Else the model's generation_config.json would fill in what a request leaves out.
-    command += ["--generation-config", "vllm"]
+    command += ["--generation-config", "vllm", *options]
     environment = {
         **os.environ,
         "VLLM_CPU_KVCACHE_SPACE": "1",
