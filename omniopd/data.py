@@ -232,6 +232,7 @@ def _is_mini_math(source: str) -> bool:
 
 def _mini_math(source: str) -> Iterator[tuple[str, Any]]:
     from omniopd.worlds.mini_math import make_problems
+    from omniopd.worlds.mini_math.world import solution
 
     name, _, query = source.partition("?")
     held_out = make_problems(MINI_MATH_HELD_OUT["count"], seed=MINI_MATH_HELD_OUT["seed"])
@@ -244,7 +245,11 @@ def _mini_math(source: str) -> Iterator[tuple[str, Any]]:
         exclude = frozenset(problem.expression for problem in held_out)
         problems = make_problems(settings["count"], seed=settings["seed"], exclude=exclude)
     for number, problem in enumerate(problems, 1):
-        yield f"{name}:{number}", {"prompt": problem.expression, "answer": str(problem.answer)}
+        worked = [
+            {"role": "user", "content": problem.expression},
+            {"role": "assistant", "content": solution(problem)},
+        ]
+        yield f"{name}:{number}", {"messages": worked, "answer": str(problem.answer)}
 
 
 def _mini_math_settings(source: str, query: str) -> dict[str, int]:

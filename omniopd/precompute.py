@@ -197,9 +197,9 @@ def _answers(
     config: RunConfig, policy: Policy, say: Callable[[str], None]
 ) -> tuple[list[Rollout], frozenset[int], int]:
     """Return the data's responses as a run makes rollouts of them, the end tokens, and how many prompts have none."""
+    from omniopd.assembly import Student
     from omniopd.behavior.dataset import DatasetBehavior
     from omniopd.rollout.detokenize import Detokenizer
-    from omniopd.run import Student
 
     student = Student(policy, Detokenizer(policy.tokenizer))
     # Held-out problems are none of this command's business.

@@ -19,6 +19,7 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from omniopd.assembly import build_route
 from omniopd.config import RunConfig
 from omniopd.diagnosis.evidence import ProbeCost, is_students_own, num_text_tokens
 from omniopd.diagnosis.logit_match import LogitMatchReport, summarize_match
@@ -41,7 +42,6 @@ from omniopd.method_checks import access_of
 from omniopd.method_settings import ChunkedSettings
 from omniopd.progress import RunProgress, format_usd
 from omniopd.prompts import build_sampler
-from omniopd.run import build_route
 from omniopd.run_folder import RunFolder
 from omniopd.scoring.similarity import get_similarity
 from omniopd.spending import checked_target

@@ -1,4 +1,7 @@
-"""The composition root: a validated `RunConfig` becomes live objects, and a run from its first to its last line."""
+"""The composition root: a validated `RunConfig` becomes live objects, and a run from its first to its last line.
+
+What the objects are made into is in `assembly`.
+"""
 
 from __future__ import annotations
 
@@ -7,19 +10,18 @@ import json
 import time
 from collections.abc import Sequence
 from contextlib import ExitStack
-from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from omniopd.assembly import RunParts, Student, build_route
 from omniopd.config import RunConfig
-from omniopd.diagnosis.run_diagnostics import OpenTeacher, RunDiagnostics, Watched, most_likely_known
+from omniopd.diagnosis.run_diagnostics import Watched
 from omniopd.errors import TeacherError
 from omniopd.inputs import check_teachers, load_prompts, open_text_teacher
 from omniopd.logit_teachers import open_logit_teacher
 from omniopd.logits.vllm_scores import VllmScores
 from omniopd.loop import Observer, Run, train
-from omniopd.method import ONLY_TEACHER, Method, Role, build_method
-from omniopd.method_settings import ChunkedSettings, LogprobSettings, RoutedSettings, Settings, VerifierSettings
+from omniopd.method import Method, build_method
 from omniopd.observers import PeriodicCheckpoint, PeriodicEvaluation, PromptFeedback, StepRecorder
 from omniopd.progress import RunProgress
 from omniopd.prompts import LearnsFromRollouts, build_sampler
@@ -27,17 +29,12 @@ from omniopd.records import Records, read_metrics
 from omniopd.report.build import build_report
 from omniopd.run_folder import RunFolder, read_json, write_json_atomic
 from omniopd.spending import estimate_with
-from omniopd.supervision.routed import ByColumn, ByWeight
 from omniopd.teachers.probe import ProbeResult
 from omniopd.timing import StepTimer
-from omniopd.types import Prompt, Rollout, TokenSignal, Usage
+from omniopd.types import Prompt, TokenSignal, Usage
 
 if TYPE_CHECKING:
-    from omniopd.behavior.base import Behavior
     from omniopd.evaluation import EvalResult
-    from omniopd.learner.policy import Policy
-    from omniopd.rollout.detokenize import Detokenizer
-    from omniopd.supervision.base import StudentMeasure, Supervision
 
 EVAL_SEED_OFFSET = 1_000_003
 """Evaluation draws from streams of its own, the same before and after training."""
@@ -71,45 +68,6 @@ def run_training(
             session.stop_early()
             raise
     return folder.path
-
-
-def build_route(settings: Settings) -> ByColumn | ByWeight | None:
-    """Return what chooses among several teachers; None with one."""
-    if not isinstance(settings, RoutedSettings):
-        return None
-    if settings.by == "weight":
-        return ByWeight(weights={name: route.weight for name, route in settings.routes.items()})
-    names = {name: name for name in settings.routes}
-    if settings.by == "domain":
-        names = {domain: name for name, route in settings.routes.items() for domain in route.domains}
-    return ByColumn(column=settings.by, names=names, default=settings.default)
-
-
-class Student:
-    """What the rest of the run may know of the student's tokenizer."""
-
-    def __init__(self, policy: Policy, detokenize: Detokenizer) -> None:
-        from omniopd.generation import end_token_ids
-
-        self.detokenize = detokenize
-        self.end_id: int | None = policy.tokenizer.eos_token_id
-        self.end_ids = end_token_ids(policy.model, policy.tokenizer)
-        self._tokenizer = policy.tokenizer
-        self._anchor = self._ids("\n")
-        # Some vocabularies put a space before every text they are given; text that follows other text has none.
-        self._needs_anchor = self._ids("\na") != self._anchor + self._ids("a")
-        self.encode = lru_cache(maxsize=1 << 16)(self._encode)
-
-    def _encode(self, text: str) -> list[int]:
-        if self._needs_anchor:
-            ids = self._ids("\n" + text)
-            if ids[: len(self._anchor)] == self._anchor:
-                return ids[len(self._anchor) :]
-        return self._ids(text)
-
-    def _ids(self, text: str) -> list[int]:
-        ids: list[int] = self._tokenizer.encode(text, add_special_tokens=False)
-        return ids
 
 
 class _Session:
@@ -167,7 +125,19 @@ class _Session:
             timer=self.timer,
         )
         self.engine = EmbeddedEngine(self.policy, config.rollout)
-        self.diagnostics = self._diagnostics()
+        self.parts = RunParts(
+            config=config,
+            method=method,
+            learner=self.learner,
+            engine=self.engine,
+            student=self.student,
+            verifier=self.verifier,
+            route=self.route,
+            text_teachers=self.text_teachers,
+            logit_teachers=self.logit_teachers,
+            timer=self.timer,
+        )
+        self.diagnostics = self.parts.diagnostics(self.progress.message)
         self.checkpoints = Checkpoints(folder, keep=config.keep_checkpoints)
         self.saver = PeriodicCheckpoint(
             every=config.save_every, checkpoints=self.checkpoints, state=self._state, prompts=self.prompts
@@ -233,8 +203,8 @@ class _Session:
             group_size=config.rollout.group_size,
             seed=config.seed,
             prompts=self.prompts,
-            behavior=self._behavior(),
-            supervision=Watched(supervision=self._supervision(), diagnostics=self.diagnostics),
+            behavior=self.parts.behavior(),
+            supervision=Watched(supervision=self.parts.supervision(), diagnostics=self.diagnostics),
             transforms=self.method.transforms,
             learner=self.learner,
             engine=self.engine,
@@ -251,146 +221,6 @@ class _Session:
             for of in self.logit_teachers.values():
                 if of.scorer is not None:
                     await of.scorer.aclose()
-
-    def _behavior(self) -> Behavior:
-        from omniopd.behavior.mixed import MixedBehavior
-
-        parts = [(share, self._writer(author)) for author, share in self.method.authors.items()]
-        return parts[0][1] if len(parts) == 1 else MixedBehavior(tuple(parts))
-
-    def _writer(self, author: str) -> Behavior:
-        from omniopd.behavior.dataset import DatasetBehavior
-        from omniopd.behavior.student import StudentBehavior
-        from omniopd.behavior.teacher import TeacherBehavior
-        from omniopd.inputs import read_responses
-
-        student, max_tokens = self.student, self.config.rollout.max_tokens
-        if author == "student":
-            return StudentBehavior(self.engine, self.timer, self.verifier)
-        if author == "dataset":
-            return DatasetBehavior(
-                responses=read_responses(self.config.data),
-                encode=student.encode,
-                end_id=student.end_id,
-                detokenize=student.detokenize,
-                max_tokens=max_tokens,
-                verifier=self.verifier,
-            )
-        (teacher,) = self.text_teachers.values()  # Routed teachers do not write.
-        return TeacherBehavior(
-            teacher=teacher,
-            encode=student.encode,
-            end_id=student.end_id,
-            detokenize=student.detokenize,
-            max_tokens=max_tokens,
-            timer=self.timer,
-            verifier=self.verifier,
-        )
-
-    def _supervision(self) -> Supervision:
-        from omniopd.supervision.routed import RoutedSupervision
-
-        parts = {role.name: self._supervision_of(role) for role in self.roles}
-        if self.route is None:
-            return parts[ONLY_TEACHER]
-        return RoutedSupervision(route=self.route, supervisions=parts)
-
-    def _supervision_of(self, role: Role) -> Supervision:
-        from omniopd.supervision.imitation import ImitationSupervision
-        from omniopd.supervision.verified import VerifiedSupervision
-
-        settings = role.method.supervision
-        if isinstance(settings, LogprobSettings):
-            return self._logprob_supervision(role, settings)
-        if isinstance(settings, VerifierSettings):
-            return VerifiedSupervision(normalize_std=settings.normalize_std)
-        if isinstance(settings, ChunkedSettings):
-            return self._chunked_supervision(role, settings)
-        return ImitationSupervision()
-
-    def _chunked_supervision(self, role: Role, settings: ChunkedSettings) -> Supervision:
-        from omniopd.scoring.chunk_score import ChunkScorer
-        from omniopd.supervision.chunked import ChunkedSupervision
-
-        assert role.method.chunker is not None and role.method.credit is not None
-        return ChunkedSupervision(
-            teacher=self.text_teachers[role.name],
-            chunker=role.method.chunker,
-            scorer=ChunkScorer(
-                similarity=settings.similarity, min_continuations=settings.min_continuations, align=settings.align
-            ),
-            credit=role.method.credit,
-            vocabulary=self.student,
-            measure=self._measure(settings.entropy),
-            timer=self.timer,
-            num_continuations=settings.num_continuations,
-            continuation_tokens=settings.continuation_tokens,
-            anchor_beta=settings.anchor_beta,
-            max_missing_fraction=role.teacher.max_missing_fraction,
-            seed=self.config.seed,
-        )
-
-    def _logprob_supervision(self, role: Role, settings: LogprobSettings) -> Supervision:
-        from omniopd.supervision.combined import SummedSupervision
-        from omniopd.supervision.logprob import LogprobSupervision
-        from omniopd.supervision.verified import VerifiedSupervision
-
-        assert role.method.objective is not None
-        teacher = self.logit_teachers[role.name]
-        supervision = LogprobSupervision(
-            objective=role.method.objective,
-            weight=settings.weight,
-            reader=teacher.reader,
-            teacher=teacher.scorer,
-            student=self._measure("auto"),
-            candidates=self.learner.candidates,
-            wanted=teacher.wanted,
-            name=role.name,
-            spread=settings.spread,
-            masked_ids=teacher.masked_ids,
-            max_missing_fraction=role.teacher.max_missing_fraction,
-            timer=self.timer,
-        )
-        if settings.verifier is None:
-            return supervision
-        reward = VerifiedSupervision(normalize_std=settings.verifier.normalize_std)
-        return SummedSupervision(((1.0, supervision), (settings.verifier.weight, reward)))
-
-    def _diagnostics(self) -> RunDiagnostics:
-        return RunDiagnostics(
-            settings=self.config.diagnostics,
-            match=self.learner.match,
-            open_teachers={
-                role.name: OpenTeacher(
-                    reader=of.reader,
-                    has_weights=of.model is not None,
-                    scorer=of.scorer,
-                    scorer_top_k=most_likely_known(of.scorer, role.teacher.scoring.max_logprobs),
-                    masked_ids=of.masked_ids,
-                )
-                for role in self.roles
-                if (of := self.logit_teachers.get(role.name)) is not None
-            },
-            text_teachers=self.text_teachers,
-            verifier=self.verifier,
-            answer_tokens=self.config.rollout.max_tokens,
-            route=self.route,
-            say=self.progress.message,
-            timer=self.timer,
-        )
-
-    def _measure(self, source: str) -> StudentMeasure:
-        """Take the engine's own figures where they are exact, else a forward pass of the learner."""
-        exact = self.config.rollout.temperature == 1.0 and self.config.rollout.top_p == 1.0
-        if source == "learner" or not exact:
-            return self.learner.score
-
-        def from_engine(rollouts: Sequence[Rollout]) -> list[tuple[tuple[float, ...], tuple[float, ...]]]:
-            if any(r.sampler_logprobs is None or r.entropies is None for r in rollouts):
-                return self.learner.score(rollouts)
-            return [(r.sampler_logprobs or (), r.entropies or ()) for r in rollouts]
-
-        return from_engine
 
     def _evaluate_once(self, records: Records, step: int, when: str) -> EvalResult | None:
         if not self.eval_prompts:

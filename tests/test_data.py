@@ -276,3 +276,10 @@ def test_hub_names_split_into_dataset_and_config(
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
     assert load_rows(f"hf:{name}", split="test").rows[0].source == f"hf:{name}:1"
     assert calls == [asked]
+
+
+def test_mini_math_rows_have_worked_responses() -> None:
+    (row,) = load_rows("mini-math?count=1&seed=1").rows
+    assert row.response is not None and row.answer is not None
+    assert row.response.endswith(f"#{row.answer}")
+    assert [message.role for message in row.messages] == ["user"]

@@ -57,6 +57,7 @@ LAYERS: tuple[frozenset[str], ...] = (
     frozenset({"estimate", "method_checks"}),
     frozenset({"overrides", "report", "spending"}),
     frozenset({"inputs", "logit_teachers"}),
+    frozenset({"assembly"}),
     frozenset({"run"}),
     frozenset({"dry_run", "precompute", "preflight"}),
     frozenset({"commands"}),

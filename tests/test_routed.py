@@ -14,6 +14,7 @@ import pytest
 import torch
 
 import tiny
+from omniopd.assembly import build_route
 from omniopd.config import LearnerConfig, MethodConfig
 from omniopd.errors import ConfigError
 from omniopd.learner.learner import Learner
@@ -22,7 +23,6 @@ from omniopd.learner.teachers import LiveTeacher
 from omniopd.logits.reading import SameVocabulary
 from omniopd.method import Method, build_method
 from omniopd.overrides import load_config
-from omniopd.run import build_route
 from omniopd.supervision.logprob import LogprobSupervision
 from omniopd.supervision.routed import ByColumn, ByWeight, Route, RoutedSupervision
 from omniopd.types import Prompt, Rollout, StepContext, TokenSignal
