@@ -11,12 +11,19 @@ from typing import TYPE_CHECKING
 from omniopd.config import RunConfig, TeacherConfig
 from omniopd.errors import ConfigError
 from omniopd.logits.prompt_check import prompt_check
-from omniopd.logits.reading import ForeignVocabulary, PromptFormat, Reader, SameVocabulary, special_ids
+from omniopd.logits.reading import (
+    ForeignVocabulary,
+    PromptFormat,
+    Reader,
+    SameVocabulary,
+    WithinContext,
+    special_ids,
+)
 from omniopd.logits.scores import Reading, SequenceTeacher
 from omniopd.method import Role
 from omniopd.method_checks import Access, access_of
 from omniopd.method_settings import LogprobSettings
-from omniopd.models import context_length, foreign_tokens, load_tokenizer
+from omniopd.models import context_length, load_tokenizer
 from omniopd.supervision.logprob import Wanted
 from omniopd.types import Prompt
 
@@ -27,6 +34,8 @@ if TYPE_CHECKING:
     from omniopd.learner.policy import LanguageModel, Policy
     from omniopd.learner.teachers import TeacherModel
 
+WHOLE_VOCABULARY = -1
+"""As a server's --max-logprobs has it."""
 LARGEST_WHOLE = 4096
 """Tokens of a vocabulary whose whole distribution a server is asked for; beyond that it is megabytes a rollout."""
 CHECKED_PROMPTS = 4
@@ -55,8 +64,12 @@ def open_logit_teacher(
     end_ids: Collection[int],
     offload_folder: Path,
     say: Callable[[str], None],
+    feeds_learner: bool = True,
 ) -> LogitTeacher:
     """Open the teacher of a role and compare what both sides read, before anything is spent.
+
+    Args:
+        feeds_learner: whether the run's loss is to be computed from what the teacher says, which must then suffice.
 
     Raises:
         ConfigError: the teacher cannot serve the loss, or reads something that makes its log-probs meaningless.
@@ -74,11 +87,14 @@ def open_logit_teacher(
     scorer: SequenceTeacher | None
     model: TeacherModel | None = None
     vocabulary = policy.model.config.get_text_config().vocab_size
+    most = vocabulary
     if access == "hf":
         from omniopd.logits.model_scores import ModelScores
 
         weights = load_weights(config, teacher, name, offload_folder)
         context = context_length(weights.model.config)
+        if context is not None:
+            reader = WithinContext(reader, context)
         # A teacher of the same vocabulary may have more rows than the student, to pad its table.
         num_tokens = vocabulary if settings.alignment == "none" else None
         scorer = ModelScores(weights, id=teacher.spec, vocabulary=num_tokens, context=context)
@@ -92,12 +108,15 @@ def open_logit_teacher(
         from omniopd.logits.stored_scores import StoredScores
 
         scorer = StoredScores(name)
+        most = scorer.manifest.top_k or 0
     else:
         assert tokenizer is not None
         scorer = _open_server(teacher, vocabulary, samples_of(prompts, tokenizer), say)
+        most = vocabulary if teacher.scoring.max_logprobs == WHOLE_VOCABULARY else teacher.scoring.max_logprobs
     wanted = None
-    if model is None and role.method.uses_divergence:
-        wanted = wanted_of(_evidence(config), teacher, vocabulary)
+    if feeds_learner and model is None and role.method.uses_divergence:
+        wanted = wanted_of(evidence_of(config), teacher, vocabulary)
+        _check_top_k(wanted, most, role, access)
     return LogitTeacher(reader=reader, scorer=scorer, model=model, wanted=wanted, masked_ids=masked)
 
 
@@ -153,7 +172,23 @@ def wanted_of(evidence: Evidence, teacher: TeacherConfig, vocabulary: int) -> Wa
     return Wanted(top_k=vocabulary)
 
 
-def _evidence(config: RunConfig) -> Evidence:
+def _check_top_k(wanted: Wanted, most: int, role: Role, access: Access) -> None:
+    """Raise ConfigError where the loss reads more tokens at a position than the teacher names."""
+    if wanted.top_k <= most:
+        return
+    way_out = (
+        f"start the server with --max-logprobs {wanted.top_k} and set {role.label}.scoring.max_logprobs"
+        if access == "vllm"
+        else f"write the folder with --top-k {wanted.top_k}"
+    )
+    raise ConfigError(
+        f"learner.losses.kl reads {wanted.top_k:,} tokens of the teacher at each position, but {role.teacher.spec!r} "
+        f"names {most:,}; use learner.losses.kl={{type: teacher_topk_reverse_kl, k: {max(2, most)}}}, or {way_out}"
+    )
+
+
+def evidence_of(config: RunConfig) -> Evidence:
+    """Return what the loss of the `kl` stream must know of the teacher at each token."""
     from omniopd.learner.divergences import TeacherDivergence
     from omniopd.learner.losses import build_losses
 
@@ -189,13 +224,6 @@ def _reader(
     if settings.alignment == "groups":
         assert theirs is not None
         return ForeignVocabulary(ours, theirs, student_end_ids=end_ids)
-    strangers = foreign_tokens(ours, theirs) if theirs is not None else []
-    if strangers:
-        raise ConfigError(
-            f"{len(strangers):,} of the student's {len(ours.get_vocab()):,} tokens, e.g. {strangers[0]!r}, have "
-            f"another id or none in the vocabulary of {role.teacher.spec!r}: token by token unrelated things would be "
-            "compared; use method.supervision.alignment: groups, or method.supervision.type: chunked"
-        )
     return SameVocabulary(role.teacher.chat_format, theirs)
 
 
@@ -250,12 +278,16 @@ def _model(
         return ForeignTeacher(weights)
     assert theirs is not None
     ours, end = policy.tokenizer, end_of_turn(theirs)
+    # Of several ends, such as a base model's beside the chat's, the student is to keep the one that it writes.
+    candidates = (end_of_turn(ours), ours.eos_token_id, *sorted(end_ids))
+    own = next((i for i in candidates if i is not None and i in end_ids), None)
+    kept = [(own, end)] if own is not None and end is not None else []
     matched = match_vocabularies(
         TokenBytes(ours),
         TokenBytes(theirs),
         student_size=len(ours),
         teacher_size=len(theirs),
-        kept=[(own, end) for own in sorted(end_ids)[:1] if end is not None],
+        kept=kept,
     )
     return ForeignTeacher(weights, matched=matched)
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, Literal, get_args
 from omniopd.config import RunConfig
 from omniopd.errors import ConfigError
 from omniopd.method import Method, Role
-from omniopd.method_settings import LogprobSettings, VerifierSettings
+from omniopd.method_settings import LogprobSettings, RoutedSettings, VerifierSettings
 from omniopd.parts import unknown
 from omniopd.supervision.logprob import MiniLLM
 
@@ -107,6 +107,13 @@ def check_inputs(config: RunConfig, method: Method) -> None:
             else f"teachers.{stray[0]} is set, but only method.supervision.type: routed uses several teachers; use "
             "`teacher` for one"
         )
+    kinds = {type(part.supervision) for part in method.parts}
+    is_drawn = isinstance(method.supervision, RoutedSettings) and method.supervision.by == "weight"
+    if is_drawn and len(kinds) > 1 and config.learner.aggregation == "token_mean":
+        raise ConfigError(
+            "learner.aggregation is token_mean, which divides each stream by its own tokens, so the weights of routes "
+            "with other supervisions would mean nothing; use sequence_mean_token_sum"
+        )
     for role in method.roles(config):
         if method.routes and role.method.needs_teacher and role.name not in config.teachers:
             raise ConfigError(
@@ -135,18 +142,13 @@ def _check_role(role: Role) -> None:
             f"text; use {key}=hf:MODEL, vllm:MODEL@URL, scores:FOLDER or states:FOLDER, or "
             "method.supervision.type=chunked"
         )
-    if method.needs_text_teacher and access not in ("hf", "vllm"):
+    if access in ("scores", "states") and set(method.authors) != {"dataset"}:
         raise ConfigError(
-            f"method.supervision.authors has a share of teacher, but {role.teacher.spec!r} cannot write; use "
-            "hf:MODEL or vllm:MODEL@URL, or another author"
+            f"{key} is {role.teacher.spec!r}, what a teacher said of fixed answers, but method.supervision.authors is "
+            f"{method.authors}; use authors={{dataset: 1}} with a divergence, or {key}=hf:MODEL"
         )
     if settings.alignment == "groups" and method.uses_divergence and access != "hf":
         raise ConfigError(
             f"learner.losses.kl compares whole distributions of two vocabularies, which need the teacher's weights, "
             f"but {key} is {role.teacher.spec!r}; use hf:MODEL, or method.supervision.objective: sampled"
-        )
-    if access == "states" and method.objective is not None and method.objective.uses_samples:
-        raise ConfigError(
-            f"{key} is {role.teacher.spec!r}, hidden states that only a divergence reads; use "
-            "method.supervision.objective: divergence, or scores:FOLDER"
         )

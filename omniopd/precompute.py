@@ -17,7 +17,8 @@ from typing import TYPE_CHECKING
 from omniopd.config import RunConfig
 from omniopd.errors import ConfigError, DataError
 from omniopd.inputs import check_teachers, load_prompts, read_responses
-from omniopd.logit_teachers import LogitTeacher, open_logit_teacher, wanted_of
+from omniopd.logit_teachers import LogitTeacher, evidence_of, open_logit_teacher, wanted_of
+from omniopd.logits.reading import WithinContext
 from omniopd.method import Role, build_method
 from omniopd.method_checks import access_of
 from omniopd.method_settings import LogprobSettings
@@ -25,7 +26,6 @@ from omniopd.models import context_length, resolve_model
 from omniopd.types import StepContext
 
 if TYPE_CHECKING:
-    from omniopd.learner.divergences import Evidence
     from omniopd.learner.policy import LanguageModel, Policy
     from omniopd.logits.score_folder import WriteCounts
     from omniopd.logits.scores import Reading
@@ -111,9 +111,19 @@ def precompute(
     folder.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=f".{folder.name}.offload-", dir=folder.parent) as aside:
         teacher = open_logit_teacher(
-            role, config, policy, prompts, end_ids=end_ids, offload_folder=Path(aside), say=say
+            role,
+            config,
+            policy,
+            prompts,
+            end_ids=end_ids,
+            offload_folder=Path(aside),
+            say=say,
+            feeds_learner=False,
         )
-        reads = [teacher.reader.read(rollout) for rollout in rollouts]
+        reader = teacher.reader
+        if kind.states and isinstance(reader, WithinContext):
+            reader = reader.reader  # A run has no states of what is left out, so that is refused below.
+        reads = [reader.read(rollout) for rollout in rollouts]
         readings = [read.reading for read in reads if read.reading is not None]
         asked = _Asked(role=role, teacher=teacher, readings=readings, progress=progress)
         if kind.states:
@@ -221,7 +231,7 @@ def _answers(
 def _top_k(config: RunConfig, role: Role, kind: StoredKind, vocabulary: int) -> int:
     if kind.top_k is not None:
         return min(kind.top_k, vocabulary)
-    evidence = _evidence(config)
+    evidence = evidence_of(config)
     wanted = wanted_of(evidence, role.teacher, vocabulary)
     if wanted.top_k == 0:
         raise ConfigError(
@@ -229,15 +239,6 @@ def _top_k(config: RunConfig, role: Role, kind: StoredKind, vocabulary: int) -> 
             "tokens to store; give --top-k, e.g. 64, or --states"
         )
     return wanted.top_k
-
-
-def _evidence(config: RunConfig) -> Evidence:
-    from omniopd.learner.divergences import TeacherDivergence
-    from omniopd.learner.losses import build_losses
-
-    loss = build_losses(config.learner.losses)["kl"]
-    assert isinstance(loss, TeacherDivergence)  # `check_losses` lets the others pass with alignment: groups only.
-    return loss.evidence
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -326,9 +327,11 @@ def _identity(asked: _Asked) -> str:
 
 def _loss_for(config: RunConfig, top_k: int, vocabulary: int) -> str | None:
     """Return the loss that reads so many tokens; None where the run's own does."""
-    evidence = _evidence(config)
+    evidence = evidence_of(config)
     reads = vocabulary if evidence.kind == "whole" else evidence.k
-    if reads <= top_k and evidence.kind in ("whole", "teacher_top_k", "student_top_k"):
+    # The student's own likeliest tokens need not be among the stored ones, unless all are.
+    is_enough = top_k == vocabulary if evidence.kind == "student_top_k" else reads <= top_k
+    if is_enough and evidence.kind in ("whole", "teacher_top_k", "student_top_k"):
         return None
     return f"learner.losses.kl={{type: teacher_topk_reverse_kl, k: {top_k}}}"
 

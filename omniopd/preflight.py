@@ -116,9 +116,8 @@ class _Preflight:
         if config.threads is not None:
             torch.set_num_threads(config.threads)
         torch.manual_seed(config.seed)
-        self.config, self.settings = config, settings
+        self.config, self.settings, self.roles = config, settings, method.roles(config)
         self.progress = stack.enter_context(RunProgress())
-        self.roles = method.roles(config)
         self.folder = RunFolder(Path(config.output) / config.name)
         self.asked = [role for role in self.roles if role.method.needs_text_teacher and settings.asks_for_text]
         self.text_teachers = self._open_text_teachers(stack)
@@ -153,7 +152,8 @@ class _Preflight:
         )
 
     def _open_text_teachers(self, stack: ExitStack) -> dict[str, MeteredTeacher]:
-        if not self.asked:
+        # Layers that wait on disk lie in the run's folder, too, which then has to be one that `train` takes.
+        if not self.asked and all(role.teacher.weights.offload != "disk" for role in self.roles):
             return {}
         for role in self.asked:
             checked_target(role.alone(self.config))

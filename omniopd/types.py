@@ -348,7 +348,7 @@ class TeacherEvidence(Protocol):
     """What the learner needs beside the rollout to compare it with an open-weight teacher.
 
     Which class it is tells the learner how: `logits.scores.TokenScores` holds what the teacher said,
-    `logits.scores.Reading` how it reads the rollout, `logits.reading.AlignedReading` also in which of its own tokens.
+    `logits.scores.Reading` how it reads the rollout, `logits.reading.Read` also in which of its own tokens.
     """
 
     @property

@@ -164,10 +164,11 @@ def test_transforms_keep_number_and_order_and_signs(transform: Any) -> None:
     assert transform([], CTX) == []
 
 
-def test_drop_unaudited_leaves_what_an_open_weight_teacher_supervises() -> None:
+def test_drop_unaudited_leaves_what_nobody_audits() -> None:
     rollout = tiny.rollout_of([4, 9], name="a/0")
     scored = TokenSignal(rollout=rollout, kl_weights=(1.0, 1.0), kl_teacher="open")
+    verified = TokenSignal(rollout=rollout, advantages=(1.0, 1.0), pg_weights=(1.0, 1.0))
     anchored = TokenSignal(rollout=rollout, anchor_weights=(0.1, 0.1))
-    kept, dropped = DropUnaudited()([scored, anchored], StepContext(step=0, num_steps=1))
-    assert kept == scored
+    *kept, dropped = DropUnaudited()([scored, verified, anchored], StepContext(step=0, num_steps=1))
+    assert kept == [scored, verified]
     assert dropped.anchor_weights == (0.0, 0.0) and dropped.notes == ("dropped: no usable audit",)

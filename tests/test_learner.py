@@ -294,7 +294,7 @@ def test_a_longer_teacher_vocabulary_is_cut_and_renormalized() -> None:
 
 def test_a_shorter_teacher_vocabulary_is_refused() -> None:
     teacher = LanguageModel(tiny.model(vocabulary=20), compute_dtype=torch.float64)
-    with pytest.raises(ConfigError, match="vocabulary has 20 entries and the student's 23"):
+    with pytest.raises(ConfigError, match="output layer has 20 rows and the student's 23"):
         tiny.learner(teacher=teacher)
 
 

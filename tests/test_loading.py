@@ -55,6 +55,13 @@ def test_the_head_and_the_embedding_stay_where_the_kernels_read_them(folder: Pat
     plain = load_frozen_model(str(folder), device="cpu", dtype="float32")
     assert torch.equal(head, plain.get_output_embeddings().weight)
     assert (head is embedding) == plain.config.tie_word_embeddings
+    kept = LanguageModel(away, compute_dtype=torch.float32).plain_head
+    assert kept is not None and kept.weight_VH is head
+    # A head that waits elsewhere itself has nothing to read.
+    away.get_output_embeddings()._hf_hook.offload = True
+    split = LanguageModel.__new__(LanguageModel)
+    split.head, split._softcap = away.get_output_embeddings(), None
+    assert split.plain_head is None
 
 
 @pytest.mark.parametrize("offload", ["none", "disk"])

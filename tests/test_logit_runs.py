@@ -6,6 +6,7 @@ Where a number is compared, it is computed anew from the recorded rollouts and t
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -195,11 +196,15 @@ def test_uld_is_that_of_the_plain_models(tmp_path: Path, student: PreTrainedMode
 
 
 def test_hybrid_compares_the_tokens_that_both_hold(tmp_path: Path, bytes_only: Path, merging: Path) -> None:
-    words = (f"student.model={bytes_only}", f"teacher.spec=hf:{merging}", "learner.losses.kl={type: hybrid}")
+    # A second end, which the student does not write: the teacher's end stands against the one that it does.
+    both_ends = Path(shutil.copytree(bytes_only, tmp_path / "student"))
+    (both_ends / "generation_config.json").write_text(json.dumps({"eos_token_id": [0, 2]}))
+    words = (f"student.model={both_ends}", f"teacher.spec=hf:{merging}", "learner.losses.kl={type: hybrid}")
     done = run(tmp_path, "run", *FOREIGN, *words)
     mine, theirs = (AutoModelForCausalLM.from_pretrained(f, dtype=torch.float32) for f in (bytes_only, merging))
     ours, other = (AutoTokenizer.from_pretrained(folder).get_vocab() for folder in (bytes_only, merging))
     end = ours["<|im_end|>"]
+    assert (ours["<|endoftext|>"], end) == (0, 2)
     both = sorted(token for token in ours if token in other and token not in ("<|endoftext|>", "<|im_start|>"))
     assert len(both) == 257  # All bytes, and the end.
     matched = MatchedVocabulary(student_ids=tuple(ours[t] for t in both), teacher_ids=tuple(other[t] for t in both))

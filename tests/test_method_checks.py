@@ -24,6 +24,9 @@ def words(supervision: str = "", *more: str, kl: str | None = None, spec: str = 
     return made + ([f"learner.losses.kl={kl}"] if kl else []) + list(more)
 
 
+FIXED = "authors: {dataset: 1}"
+
+
 def load(written: list[str]) -> RunConfig:
     config = load_config(overrides=written)
     # The same rules for those who use Python alone.
@@ -150,36 +153,25 @@ CASES = [
         "method.supervision.type logprob needs the teacher's distributions, and 'openai:gpt-4o' only gives text; use "
         "teacher.spec=hf:MODEL, vllm:MODEL@URL, scores:FOLDER or states:FOLDER, or method.supervision.type=chunked",
         [
-            *(words(spec=spec) for spec in ("hf:big", VLLM, "scores:there", "states:there")),
+            *(words(spec=spec) for spec in ("hf:big", VLLM)),
+            *(words(FIXED, spec=spec) for spec in ("scores:there", "states:there")),
             ["student.model=a", "data.train=b", "teacher.spec=openai:gpt-4o", "method.supervision.type=chunked"],
         ],
     ),
-    (
-        words("authors: {student: 0.5, teacher: 0.5}", spec="scores:there"),
-        "method.supervision.authors has a share of teacher, but 'scores:there' cannot write; use hf:MODEL or "
-        "vllm:MODEL@URL, or another author",
-        [
-            words("authors: {student: 0.5, teacher: 0.5}", spec="hf:big"),
-            words("authors: {student: 0.5, teacher: 0.5}", spec=VLLM),
-            words("authors: {student: 0.5, dataset: 0.5}", spec="scores:there"),
-        ],
-    ),
-    (
-        words("objective: sampled", spec="states:there"),
-        "teacher.spec is 'states:there', hidden states that only a divergence reads; use "
-        "method.supervision.objective: divergence, or scores:FOLDER",
-        [words("objective: divergence", spec="states:there"), words("objective: sampled", spec="scores:there")],
-    ),
-    # It reinforces samples, although it also feeds a divergence.
-    (
-        words("objective: minillm", spec="states:there"),
-        "teacher.spec is 'states:there', hidden states that only a divergence reads",
-        [words("objective: divergence", spec="states:there"), words("objective: minillm", spec="scores:there")],
-    ),
-    (
-        words("objective: {type: minillm, single_step: false}", spec="states:there"),
-        "teacher.spec is 'states:there', hidden states that only a divergence reads",
-        [words("objective: {type: minillm, single_step: false}", spec="scores:there")],
+    # What lies on disk was said of fixed text, and fresh rollouts are not there.
+    *(
+        (
+            words(supervision, spec=spec),
+            f"teacher.spec is {spec!r}, what a teacher said of fixed answers, but method.supervision.authors is "
+            f"{authors}; use authors={{dataset: 1}} with a divergence, or teacher.spec=hf:MODEL",
+            [words(FIXED, spec=spec), words(supervision)],
+        )
+        for spec, supervision, authors in (
+            ("scores:there", "", {"student": 1.0}),
+            ("states:there", "objective: sampled", {"student": 1.0}),
+            ("states:there", "authors: {student: 0.5, dataset: 0.5}", {"student": 0.5, "dataset": 0.5}),
+            ("scores:there", "authors: {teacher: 1}", {"teacher": 1.0}),
+        )
     ),
     # Several teachers.
     (
@@ -238,9 +230,9 @@ def routes(first: str, second: str, *more: str, specs: tuple[str, str] = ("hf:a"
             routes("objective: sampled", "alignment: groups", "learner.losses.kl={type: uld}"),
         ),
         (
-            routes("", "objective: sampled", specs=("states:x", "states:y")),
-            "teachers.b.spec is 'states:y', hidden states that only a divergence reads",
-            routes("", "objective: sampled", specs=("states:x", "scores:y")),
+            routes("", "objective: sampled", specs=("hf:x", "states:y")),
+            "teachers.b.spec is 'states:y', what a teacher said of fixed answers",
+            routes("", "objective: sampled", specs=("hf:x", "hf:y")),
         ),
         (
             routes("", "", specs=("hf:a", "openai:x")),
@@ -280,12 +272,12 @@ def test_a_route_that_asks_nobody_needs_no_teacher() -> None:
         ["student.model=a", "data.train=b", "method.supervision={type: verifier}"],
         ["student.model=a", "data.train=b", "method.supervision={type: imitation}", "data.verifier=none"],
         words(kl="{type: teacher_topk_reverse_kl, k: 20}", spec=VLLM),
-        words(kl=SAMPLED_LOSS, spec="scores:there"),
+        words(FIXED, kl=FORWARD, spec="scores:there"),
         words("objective: minillm, verifier: {}", spec=VLLM),
-        words("objective: sampled, alignment: groups, spread: whole", spec="scores:there"),
+        words("objective: sampled, alignment: groups, spread: whole", spec=VLLM),
         words("alignment: groups, authors: {dataset: 1.0}", kl="{type: hybrid, beta: 0.5}"),
         words("authors: {teacher: 1.0}", "rollout.temperature=0.7", kl=FORWARD, spec=VLLM),
-        routes("objective: sampled", "", specs=("scores:x", "states:y")),
+        routes("objective: sampled", "", specs=("hf:x", VLLM)),
     ],
     ids=lambda written: " ".join(written[2:])[:80],
 )
@@ -317,3 +309,11 @@ def test_losses_can_be_checked_before_the_method_is_known() -> None:
 def test_how_distributions_come(spec: str, access: Access | None) -> None:
     assert access_of(spec) == access
     assert access is None or access in ACCESSES
+
+
+def test_weights_of_unlike_routes_need_one_denominator() -> None:
+    made = "method.supervision={type: routed, by: weight, routes: {a: {supervision: {type: logprob}}, b: {}}}"
+    base = ["student.model=a", "data.train=b", made, "teachers.a.spec=hf:a", "teachers.b.spec=openai:x"]
+    load(base)
+    with pytest.raises(ConfigError, match="aggregation is token_mean, which divides each stream by its own tokens"):
+        load([*base, "learner.aggregation=token_mean"])

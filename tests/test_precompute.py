@@ -158,7 +158,11 @@ def test_a_folder_never_holds_two_teachers(world: Path, tmp_path: Path) -> None:
     ("words", "kind", "said"),
     [
         (["teacher.spec=vllm:m@http://127.0.0.1:9/v1"], {"states": True}, "--states needs the teacher's weights"),
-        (["teacher.spec=scores:somewhere"], {}, "is written already; give the teacher"),
+        (
+            ["teacher.spec=scores:somewhere", "method.supervision.authors={dataset: 1}"],
+            {},
+            "is written already; give the teacher",
+        ),
         (["method.supervision={type: chunked}", "teacher.spec=openai:gpt-4o"], {}, "gives text only and no log-probs"),
         (["method.supervision={type: verifier}"], {}, "method.supervision.type is verifier, which asks for no"),
         (

@@ -247,6 +247,14 @@ def test_a_repeated_check_pays_nothing_and_the_run_may_begin(tmp_path: Path, stu
     assert folder.teacher().ledger.is_file()
 
 
+def test_layers_that_wait_on_disk_leave_a_folder_that_a_run_takes(tmp_path: Path, student: Path, other: Path) -> None:
+    teacher = {"spec": f"hf:{other}", "weights": {"offload": "disk"}}
+    run_preflight(config(tmp_path, student, method=LOGPROB, teacher=teacher), SMALL)
+    folder = RunFolder(tmp_path / "runs" / "run")
+    assert (folder.path / "offload").is_dir()
+    RunFolder.create(folder.path, resume=False, overwrite=False)
+
+
 def test_the_budget_of_the_run_stops_the_check(tmp_path: Path, student: Path, other: Path) -> None:
     run = config(tmp_path, student, method=CHUNKED, teacher={"spec": f"hf:{other}", "budget_calls": 1})
     with pytest.raises(TeacherBudgetError):

@@ -11,7 +11,7 @@ import pytest
 from omniopd.errors import ConfigError, DataError
 from omniopd.logits.alignment import group_logprobs
 from omniopd.logits.prompt_check import prompt_check
-from omniopd.logits.reading import ForeignVocabulary, Read, SameVocabulary, end_of_turn, special_ids
+from omniopd.logits.reading import ForeignVocabulary, Read, SameVocabulary, WithinContext, end_of_turn, special_ids
 from omniopd.types import FinishReason, Message, Missing, Prompt, Rollout
 from tests import byte_level, tiny
 from tests.chat_tokenizers import (
@@ -119,6 +119,17 @@ def test_a_question_that_the_teacher_cannot_be_asked_is_a_reason_not_a_crash(
 def test_a_completion_without_tokens_is_a_reason() -> None:
     read = SameVocabulary("student").read(written(qwen(), ""))
     assert read.missing is Missing.FAILED and "no tokens" in read.detail
+
+
+def test_a_completion_beyond_the_teachers_context_is_a_reason() -> None:
+    rollout = written(qwen(), "the sum is 42", end="<|im_end|>")
+    plain = SameVocabulary("student")
+    size = len(rollout.prompt.token_ids) + rollout.num_tokens
+    assert given(WithinContext(plain, size).read(rollout)) == given(plain.read(rollout))
+    read = WithinContext(plain, size - 1).read(rollout)
+    assert read.missing is Missing.FAILED
+    assert read.detail == f"prompt and completion have {size} tokens, the teacher's context {size - 1}"
+    assert "no tokens" in WithinContext(plain, size).read(written(qwen(), "")).detail
 
 
 def test_readers_refuse_settings_they_cannot_use() -> None:

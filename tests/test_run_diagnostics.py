@@ -291,7 +291,8 @@ def test_the_prefix_probe_asks_the_text_teacher_and_counts() -> None:
 def test_a_probe_without_anything_to_probe_says_so_and_goes_on() -> None:
     said: list[str] = []
     teacher = writer(lambda request: [])
-    probe: dict[str, Any] = {"every": 1, "fractions": (), "positions": (50,)}
+    # Eight characters and the end token, which is nothing to cut off.
+    probe: dict[str, Any] = {"every": 1, "fractions": (), "positions": (8,)}
     of = diagnostics(
         settings={"every": 0, "prefix_probe": probe},
         text_teachers={"teacher": teacher},
@@ -313,6 +314,10 @@ def test_a_probe_that_cannot_be_is_refused_before_anything_is_spent() -> None:
         diagnostics(settings=probing, verifier=ends_right)
     with pytest.raises(ConfigError, match=r"data\.verifier"):
         diagnostics(settings=probing, text_teachers={"teacher": writer(lambda request: [])})
+    teachers = {"teacher": writer(lambda request: [])}
+    for cuts, told in (({"fractions": (1.5,)}, "fractions has 1.5"), ({"fractions": ()}, "give at least one")):
+        with pytest.raises(ConfigError, match=told):
+            diagnostics(settings={"prefix_probe": {"every": 1, **cuts}}, text_teachers=teachers, verifier=ends_right)
 
 
 def test_the_signals_pass_untouched() -> None:

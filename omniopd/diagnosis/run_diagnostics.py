@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from omniopd.behavior.base import Verifier
 from omniopd.config import DiagnosticsConfig
-from omniopd.diagnosis.evidence import is_students_own
+from omniopd.diagnosis.evidence import is_students_own, num_text_tokens
 from omniopd.diagnosis.prefix_probe import PrefixProbeSettings, probe_prefixes
 from omniopd.diagnosis.prefix_summary import summary_lines
 from omniopd.errors import ConfigError
@@ -67,7 +67,7 @@ class OpenTeacher:
 class RunDiagnostics:
     """Looks at every step of a run; `take` gives what it saw.
 
-    Raises ConfigError for a prefix probe that has nobody to ask or nothing to verify with.
+    Raises ConfigError for a prefix probe that has nobody to ask, nothing to verify with or no place to cut.
     """
 
     settings: DiagnosticsConfig
@@ -98,6 +98,7 @@ class RunDiagnostics:
                 "diagnostics.prefix_probe.every is set, but nothing tells right answers from wrong ones; give "
                 "data with answers and a data.verifier, or set it to 0"
             )
+        self._probe_settings(seed=0)
 
     def begin(self, rows: Iterable[Mapping[str, Any]]) -> None:
         """Go on from the recorded metrics of the steps before, so that a resumed run sounds no alarm twice."""
@@ -204,16 +205,10 @@ class RunDiagnostics:
             self.say(f"step {ctx.step + 1}: no rollout with a verdict, so no prefix is probed")
             return
         assert self.verifier is not None
-        asked = PrefixProbeSettings(
-            fractions=settings.fractions,
-            positions=settings.positions,
-            num_continuations=settings.num_continuations,
-            max_tokens=settings.max_tokens or self.answer_tokens,
-            requests_per_call=None,
-            seed=ctx.seed,
-        )
+        asked = self._probe_settings(seed=ctx.seed)
         chosen = sorted(usable, key=lambda r: r.group_index)[: settings.max_rollouts]
-        if not settings.fractions and all(r.num_tokens <= min(settings.positions) for r in chosen):
+        first = 0 if settings.fractions else min(settings.positions)
+        if first and all(num_text_tokens(r) <= first for r in chosen):
             self.say(f"step {ctx.step + 1}: every rollout ends before the first prefix, so none is probed")
             return
         with self.timer("probe"):
@@ -224,6 +219,18 @@ class RunDiagnostics:
         self._row.setdefault("prefix", {})[name] = {"lines": list(lines), "usage": report.usage.to_json()}
         prefix = _area("prefix", name, self.text_teachers)
         self._metrics |= {f"{prefix}/{of.removeprefix('prefix/')}": value for of, value in report.metrics.items()}
+
+    def _probe_settings(self, *, seed: int) -> PrefixProbeSettings:
+        """Return what a prefix probe asks. Raises ConfigError for cuts that there cannot be."""
+        settings = self.settings.prefix_probe
+        return PrefixProbeSettings(
+            fractions=settings.fractions,
+            positions=settings.positions,
+            num_continuations=settings.num_continuations,
+            max_tokens=settings.max_tokens or self.answer_tokens,
+            requests_per_call=None,
+            seed=seed,
+        )
 
 
 @dataclass(frozen=True, kw_only=True)

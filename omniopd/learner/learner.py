@@ -380,6 +380,7 @@ def schedule(config: LearnerConfig, num_steps: int) -> Callable[[int], float]:
 def _check_vocabularies(ours: int, teacher: TeacherModel) -> None:
     if teacher.vocabulary < ours and not isinstance(teacher, ForeignTeacher):
         raise ConfigError(
-            f"the teacher's vocabulary has {teacher.vocabulary} entries and the student's {ours}: they are not of one "
-            "family; use the text path (method.supervision.type: chunked) for this teacher"
+            f"the teacher's output layer has {teacher.vocabulary} rows and the student's {ours}, so it gives some "
+            "of the student's ids no probability; use a teacher with as many rows or more, or the text path "
+            "(method.supervision.type: chunked)"
         )

@@ -134,7 +134,7 @@ def _live(teacher: TeacherModel, states_TG: Tensor, rollout: Rollout, policy: Po
     width = vocabulary_of(policy)
 
     def compare(student_NV: Tensor, part: slice) -> dict[str, Tensor]:
-        teacher_NV = in_vocabulary(teacher.logprobs(states_TG[part]), width).to(student_NV.dtype)
+        teacher_NV = in_vocabulary(teacher.logprobs(states_TG[part]), width).to(student_NV)
         return _whole(student_NV, teacher_NV, ids_T[part], k)
 
     return compare

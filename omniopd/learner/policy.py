@@ -65,7 +65,9 @@ class LanguageModel:
         head = self.head
         if type(head) is not nn.Linear or not head.weight.is_floating_point() or head.weight.is_meta:
             return None
-        if head._forward_hooks or head._forward_pre_hooks or hasattr(head, "_hf_hook"):
+        # Beside layers that wait elsewhere, accelerate's hook only brings the states to a head that is there.
+        hook = getattr(head, "_hf_hook", None)
+        if head._forward_hooks or head._forward_pre_hooks or getattr(hook, "offload", hook is not None):
             return None
         return PlainHead(head.weight, head.bias, self._softcap)
 

@@ -87,5 +87,8 @@ class StoredTeacher:
     def states(self, readings: Sequence[Reading]) -> list[Tensor]:
         return self._stored.hidden(readings)
 
+    @torch.no_grad()
     def logprobs(self, states_NG: Tensor) -> Tensor:
-        return self.head.logprobs(states_NG)
+        # The student's autocast would round a wider head.
+        with torch.autocast(states_NG.device.type, enabled=False):
+            return self.head.logprobs(states_NG)

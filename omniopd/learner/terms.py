@@ -163,7 +163,7 @@ def _foreign_term(
                 student_states_TH=own_TH.detach().requires_grad_(True),
                 student_ids_T=torch.tensor(rollout.token_ids, device=device),
                 teacher_states_UG=teacher_states_UG,
-                teacher_ids_U=torch.tensor(reading.token_ids, device=device),
+                teacher_ids_U=torch.tensor(reading.token_ids, device=teacher_states_UG.device),
                 alignment=read.alignment,
                 weights=group_weights(read.alignment, weights_T.tolist()),
             )
@@ -261,14 +261,16 @@ def _named(name: str | None, teachers: Mapping[str, TeacherModel]) -> TeacherMod
 def _live(batch: MicroBatch, of: list[int], rows_M: Tensor, policy: Policy, teacher: TeacherModel) -> ModelReference:
     states = dict(zip(of, teacher.states([reading_of(batch.signals[b]) for b in of]), strict=True))
     # Token by token and in the order of the rows, which go through the rollouts one after the other.
-    positions = {b: batch.positions_N[rows_M[batch.rows_N[rows_M] == b]] for b in of}
+    positions = {b: batch.positions_N[rows_M[batch.rows_N[rows_M] == b]].to(states[b].device) for b in of}
     picked_MG = torch.cat([states[b][positions[b]] for b in sorted(of)])
-    width = vocabulary_of(policy)
+    width, head = vocabulary_of(policy), teacher.head
 
     def logprobs(states_NG: Tensor) -> Tensor:
-        return in_vocabulary(teacher.logprobs(states_NG), width)
+        return in_vocabulary(teacher.logprobs(states_NG), width).to(policy.device)
 
-    return ModelReference(picked_MG, logprobs, None if teacher.head is None else teacher.head.rows(width))
+    # The fused kernel reads both heads on one device.
+    is_here = head is not None and head.weight_VH.device == policy.device
+    return ModelReference(picked_MG, logprobs, head.rows(width) if head is not None and is_here else None)
 
 
 def reading_of(signal: TokenSignal) -> Reading:

@@ -140,8 +140,9 @@ def _check_vocabulary(sides: _Sides) -> None:
     specials = set(special_texts(sides.student).values())
     if plain := [token for token in differing if token not in specials]:
         sides.errors.append(
-            f"{len(plain)} of the student's tokens, such as {plain[0]!r}, are other tokens to the teacher or none; "
-            "treat its vocabulary as foreign"
+            f"{len(plain):,} of the student's {len(sides.student.get_vocab()):,} tokens, e.g. {plain[0]!r}, have "
+            "another id or none in the vocabulary of the teacher: token by token unrelated things would be compared; "
+            "use method.supervision.alignment: groups, or method.supervision.type: chunked"
         )
         return
     for token in differing:
@@ -153,11 +154,14 @@ def _check_vocabulary(sides: _Sides) -> None:
             )
         elif token_id in sides.student_end_ids:
             sides.errors.append(
-                f"the teacher {what}, with which the student ends; treat its vocabulary as foreign, which puts the "
-                "teacher's own end token in its place"
+                f"the teacher {what}, with which the student ends; use method.supervision.alignment: groups, which "
+                "puts the teacher's own end token in its place"
             )
         else:
-            sides.warnings.append(f"the teacher {what}; a completion that holds it is misjudged there")
+            sides.warnings.append(
+                f"the teacher {what}; a completion that holds it is misjudged there, unless it is among "
+                "method.supervision.mask_tokens"
+            )
 
 
 def _check_end(sides: _Sides) -> None:

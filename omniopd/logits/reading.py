@@ -143,6 +143,25 @@ class ForeignVocabulary:
         return _read(self._prompts.ids(rollout.prompt), teacher_ids, alignment)
 
 
+@dataclass(frozen=True, slots=True)
+class WithinContext:
+    """Leaves out what a teacher cannot hold: beyond its context a model's distributions mean nothing."""
+
+    reader: Reader
+    context: int
+    """Tokens, with the prompt."""
+
+    def read(self, rollout: Rollout) -> Read:
+        read = self.reader.read(rollout)
+        if read.reading is None:
+            return read
+        size = len(read.reading.prompt_ids) + len(read.reading.token_ids)
+        if size <= self.context:
+            return read
+        detail = f"prompt and completion have {size} tokens, the teacher's context {self.context}"
+        return Read(missing=Missing.FAILED, detail=detail)
+
+
 def _read(prompt_ids: tuple[int, ...], token_ids: tuple[int, ...], alignment: Alignment | None = None) -> Read:
     if not token_ids:
         return Read(missing=Missing.FAILED, detail="the completion has no tokens that the teacher could read")

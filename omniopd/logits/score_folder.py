@@ -60,7 +60,7 @@ class Manifest:
     width: int | None = None
     """States only: numbers in one."""
     softcap: float | None = None
-    """States only: see `stored_states.TeacherHead`."""
+    """States only: see `stored_states.StoredHead`."""
     head: str | None = None
     """States only: digest of the output layer."""
     format: int = FORMAT

@@ -57,7 +57,7 @@ class TokenScores:
     logprobs_TK: Floats | None = None
     """log Q of `ids_TK`; the likeliest first where they are the teacher's own choice."""
     student_logprobs_T: Floats | None = None
-    """log P(y_t) when the record was made."""
+    """log P(y_t) when the record was made, of the student's own tokens: as many as the teacher's in one vocabulary."""
     student_ids_Tk: Ids | None = None
     """The student's likeliest tokens when the record was made, the likeliest first."""
     student_logprobs_Tk: Floats | None = None
@@ -76,8 +76,6 @@ class TokenScores:
             raise DataError(
                 f"ids_TK is {self.ids_TK.shape} and logprobs_TK {self.logprobs_TK.shape}; expected one shape"
             )
-        if self.student_logprobs_T is not None and len(self.student_logprobs_T) != size:
-            raise DataError(f"student_logprobs_T has {len(self.student_logprobs_T)} entries, expected {size}")
         for name in ("logprobs_T", *tables, "student_logprobs_T"):
             if (array := getattr(self, name)) is not None:
                 array.flags.writeable = False

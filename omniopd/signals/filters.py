@@ -37,13 +37,13 @@ class DropTruncated:
 class DropUnaudited:
     """Leave out rollouts without one usable audit, so that their anchor does not outvote the evidence of the others.
 
-    What an open-weight teacher supervises is never audited, and stays.
+    What nobody audits, such as the rollouts of an open-weight teacher or of a verifier, stays.
     """
 
     def __call__(self, signals: Sequence[TokenSignal], ctx: StepContext) -> list[TokenSignal]:
         return [
-            s
-            if s.kl_teacher is not None or any(audit.score.value is not None for audit in s.audits)
-            else silence(s, "no usable audit")
+            silence(s, "no usable audit")
+            if (s.audits or s.anchor_weights is not None) and all(a.score.value is None for a in s.audits)
+            else s
             for s in signals
         ]

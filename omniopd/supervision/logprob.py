@@ -11,13 +11,15 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import ClassVar, Literal, Protocol
 
+import numpy as np
+
 from omniopd.errors import ConfigError, DataError, TeacherResponseError
 from omniopd.logits.alignment import Spread, group_logprobs
 from omniopd.logits.reading import Read, Reader
-from omniopd.logits.scores import Reading, Scored, SequenceTeacher, TokenScores
+from omniopd.logits.scores import Floats, Ids, Scored, SequenceTeacher, TokenScores
 from omniopd.supervision.base import StudentCandidates, StudentMeasure
 from omniopd.timing import StepTimer
-from omniopd.types import Author, Rollout, StepContext, TeacherEvidence, TokenSignal
+from omniopd.types import Author, Missing, Rollout, StepContext, TeacherEvidence, TokenSignal
 
 
 class Objective(Protocol):
@@ -196,24 +198,30 @@ class LogprobSupervision:
         if not needed:
             return results
         assert self.teacher is not None
-        readings = [self._reading(reads[place]) for place in needed]
-        if self.wanted is not None and self.wanted.candidates:
-            readings = self._with_candidates([rollouts[place] for place in needed], readings, self.wanted.candidates)
+        readings = [reading for place in needed if (reading := reads[place].reading) is not None]
+        wanted = self.wanted or Wanted()
+        own = self._candidates([rollouts[place] for place in needed], wanted.candidates)
+        if own is not None:
+            readings = [
+                dataclasses.replace(r, requested_TK=ids_Tk) for r, (ids_Tk, _) in zip(readings, own, strict=True)
+            ]
         with self.timer("teacher"):
-            answers = await self.teacher.score(readings, top_k=self.wanted.top_k if self.wanted else 0)
-        for place, answer in zip(needed, answers, strict=True):
-            results[place] = answer
+            answers = await self.teacher.score(readings, top_k=wanted.top_k)
+        for i, (place, answer) in enumerate(zip(needed, answers, strict=True)):
+            if own is not None and answer.scores is not None:
+                ids_Tk, logprobs_Tk = own[i]
+                record = dataclasses.replace(answer.scores, student_ids_Tk=ids_Tk, student_logprobs_Tk=logprobs_Tk)
+                answer = dataclasses.replace(answer, scores=record)
+            results[place] = _finite(answer) if self._reinforces(rollouts[place]) else answer
         return results
 
-    def _reading(self, read: Read) -> Reading:
-        assert read.reading is not None
-        return read.reading
-
-    def _with_candidates(self, rollouts: Sequence[Rollout], readings: Sequence[Reading], k: int) -> list[Reading]:
+    def _candidates(self, rollouts: Sequence[Rollout], k: int) -> list[tuple[Ids, Floats]] | None:
+        """Return the student's likeliest tokens, if they are wanted."""
+        if k == 0:
+            return None
         assert self.candidates is not None
         with self.timer("measure"):
-            found = self.candidates(rollouts, k)
-        return [dataclasses.replace(r, requested_TK=ids_Tk) for r, (ids_Tk, _) in zip(readings, found, strict=True)]
+            return self.candidates(rollouts, k)
 
     def _reinforces(self, rollout: Rollout) -> bool:
         return self.objective.uses_samples and rollout.author is Author.STUDENT and rollout.num_tokens > 0
@@ -233,16 +241,16 @@ class LogprobSupervision:
         own = self.student([rollouts[place] for place in known])
         found = {}
         for (place, scores), (logprobs, _) in zip(known.items(), own, strict=True):
-            rewards, evidence = self._rewards(rollouts[place], reads[place], logprobs, scores)
+            record = dataclasses.replace(scores, student_logprobs_T=np.array(logprobs))
+            rewards, evidence = self._rewards(rollouts[place], reads[place], record)
             advantages = [self.weight * a for a in self.objective.advantages(rewards)]
             found[place] = (advantages, evidence)
         return found
 
-    def _rewards(
-        self, rollout: Rollout, read: Read, student: Sequence[float], scores: TokenScores
-    ) -> tuple[list[float], list[float]]:
+    def _rewards(self, rollout: Rollout, read: Read, record: TokenScores) -> tuple[list[float], list[float]]:
         """Return log Q - log P [T] and where it is known [T], in the student's tokens."""
-        teacher = scores.logprobs_T.tolist()
+        assert record.student_logprobs_T is not None
+        teacher, student = record.logprobs_T.tolist(), record.student_logprobs_T.tolist()
         if read.alignment is not None:
             grouped = group_logprobs(read.alignment, student, teacher, spread=self.spread)
             rewards, evidence = list(grouped.advantages), list(grouped.weights)
@@ -313,6 +321,17 @@ class LogprobSupervision:
             f"step {ctx.step + 1}: {len(missing)} of {len(scored)} rollouts could not be scored by {whose} ({told}), "
             f"more than teacher.max_missing_fraction {self.max_missing_fraction:g}; the first says: {missing[0].detail}"
         )
+
+
+def _finite(answer: Scored) -> Scored:
+    """Take a token that the teacher rules out for no evidence: minus infinity is no advantage."""
+    if answer.scores is None or bool(np.isfinite(answer.scores.logprobs_T).all()):
+        return answer
+    at = int(np.flatnonzero(~np.isfinite(answer.scores.logprobs_T))[0])
+    value = answer.scores.logprobs_T[at]
+    return Scored(
+        missing=Missing.GARBAGE, detail=f"the teacher's log-prob of token {at} is {value}, which is no number"
+    )
 
 
 def _check_discount(discount: float) -> None:

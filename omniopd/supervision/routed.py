@@ -64,8 +64,9 @@ class ByColumn:
 class ByWeight:
     """Drawn with probabilities proportional to the weights, seeded by run, step and prompt.
 
-    In expectation the step's loss is the weighted mean of what each teacher alone would make of all prompts, at the
-    price of asking one.
+    With `learner.aggregation: sequence_mean_token_sum` the step's loss is in expectation the weighted mean of what each
+    teacher alone would make of all prompts, at the price of asking one. With `token_mean` every stream is a mean over
+    its own tokens, so teachers that feed different streams count alike whatever their weights.
     """
 
     weights: Mapping[str, float]
