@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 from omniopd.config import RunConfig
 from omniopd.diagnosis.run_diagnostics import OpenTeacher, RunDiagnostics, most_likely_known
+from omniopd.inputs import check_routes
 from omniopd.logit_teachers import LogitTeacher
 from omniopd.method import ONLY_TEACHER, Method, Role
 from omniopd.method_settings import ChunkedSettings, LogprobSettings, RoutedSettings, Settings, VerifierSettings
@@ -36,6 +37,19 @@ def build_route(settings: Settings) -> ByColumn | ByWeight | None:
     if settings.by == "domain":
         names = {domain: name for name, route in settings.routes.items() for domain in route.domains}
     return ByColumn(column=settings.by, names=names, default=settings.default)
+
+
+def check_data_routes(config: RunConfig, method: Method) -> None:
+    """Look at the data before any teacher is opened, which may cost, where its rows name their teachers.
+
+    Raises ConfigError for rows that no teacher is for.
+    """
+    from omniopd.data import load_rows
+
+    route, data = build_route(method.supervision), config.data
+    if isinstance(route, ByColumn) and route.default is None:
+        read = load_rows(data.train, split=data.split, max_prompts=data.max_prompts, on_bad_row=data.on_bad_row)
+        check_routes(route, read.rows, data.train)
 
 
 class Student:

@@ -17,11 +17,13 @@ if TYPE_CHECKING:
     Subparsers: TypeAlias = argparse._SubParsersAction[Any]
 
 _DESCRIPTION = """\
-Train a student model from a teacher that can only be prompted.
+Train a student model on its own text, from a teacher that is only prompted or one with open weights.
 
   omniopd train quickstart                                     a small run that needs no key and no GPU
   omniopd train --teacher openai:gpt-4o --student Qwen/Qwen3-1.7B --data prompts.jsonl
+  omniopd train opd-reverse-kl teacher.spec=hf:Qwen/Qwen3-4B student.model=Qwen/Qwen3-0.6B data.train=prompts.jsonl
   omniopd train my.yaml learner.learning_rate=2e-6 --dry-run   what would happen, and what it would cost
+  omniopd preflight my.yaml                                    whether this teacher suits this student
 """
 
 _TRAIN = """\

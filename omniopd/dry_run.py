@@ -11,14 +11,18 @@ from typing import TYPE_CHECKING
 
 import yaml
 
+from omniopd.assembly import build_route
 from omniopd.config import RunConfig
 from omniopd.data import Dataset, Row, load_rows
 from omniopd.errors import ConfigError
 from omniopd.estimate import chunk_shape
-from omniopd.inputs import check_teachers
+from omniopd.inputs import check_routes, check_teachers
+from omniopd.logit_teachers import WHOLE_VOCABULARY, evidence_of, wanted_of
 from omniopd.logits.prompt_check import prompt_check
 from omniopd.logits.reading import special_ids
+from omniopd.logits.score_folder import check_stored
 from omniopd.method import Method, Role, build_method, describe_part
+from omniopd.method_checks import access_of
 from omniopd.method_settings import ChunkedSettings, LogprobSettings
 from omniopd.models import load_tokenizer, read_chat_template, resolve_model
 from omniopd.prompts import build_sampler
@@ -28,13 +32,15 @@ from omniopd.spending import (
     CHARACTERS_PER_TOKEN,
     describe_calls,
     instruction_tokens,
+    is_scored_by_server,
     likely_transport,
     teacher_tokenizer,
 )
+from omniopd.supervision.routed import ByWeight
 from omniopd.teachers.cards import Transport
 from omniopd.teachers.continuation import ASKED, continuation_messages, sent_prefix
 from omniopd.teachers.resolve import find_target, load_render
-from omniopd.templates import apply_prompt_options, build_prompts, preview
+from omniopd.templates import apply_prompt_options, build_prompts, preview_student
 from omniopd.types import Message, Prompt
 from omniopd.verify import resolve_verifier
 
@@ -54,7 +60,10 @@ def dry_run(config: RunConfig) -> str:
     method = build_method(config.method)
     check_teachers(config, method)
     dataset = _read_data(config)
+    if dataset is not None:
+        check_routes(build_route(method.supervision), dataset.rows, config.data.train)
     tokenizer = find_tokenizer(config.student.model)
+    _check_distributions(config, method, tokenizer)
     prompts = _student_prompts(config, dataset, tokenizer)
     sections = [
         ("Settings", yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True).rstrip()),
@@ -99,6 +108,36 @@ def find_tokenizer(model: str) -> PreTrainedTokenizerBase | None:
     except (OSError, ValueError):
         return None
     return tokenizer
+
+
+def _check_distributions(config: RunConfig, method: Method, tokenizer: PreTrainedTokenizerBase | None) -> None:
+    """Refuse a teacher without weights here that names fewer tokens than the loss reads, or whose folder is missing."""
+    for role in method.roles(config):
+        spec = role.teacher.spec
+        manifest = check_stored(spec) if role.method.needs_distributions else None
+        access = access_of(spec)
+        if access not in ("scores", "vllm") or not role.method.uses_divergence:
+            continue
+        evidence = evidence_of(config)
+        vocabulary = manifest.vocabulary if manifest is not None else None
+        if vocabulary is None:
+            if tokenizer is None and evidence.kind == "whole":
+                continue  # Nobody here knows how many tokens that would be.
+            vocabulary = evidence.k if tokenizer is None else len(tokenizer)
+        most = role.teacher.scoring.max_logprobs if manifest is None else manifest.top_k or 0
+        if most == WHOLE_VOCABULARY:
+            most = vocabulary
+        wanted = wanted_of(evidence, role.teacher, vocabulary, most=most).top_k
+        if wanted > most:
+            more = (
+                f"start the server with --max-logprobs {wanted} and set {role.label}.scoring.max_logprobs"
+                if manifest is None
+                else f"write another folder with --top-k {wanted}"
+            )
+            raise ConfigError(
+                f"learner.losses.kl reads {wanted:,} tokens of the teacher at each position, but {spec!r} names "
+                f"{most:,}; {more}, or use a top-k loss with a k of at most {most:,}"
+            )
 
 
 def _read_data(config: RunConfig) -> Dataset | None:
@@ -176,7 +215,7 @@ def _describe_prompts(
         lines.append(f"The tokenizer of {model} is not on this machine, so its prompt is shown as messages.")
     messages = prompts[0].messages if prompts else _messages(config, dataset)
     if prompts:
-        lines.append(preview(prompts[0]).partition("\nThe teacher reads")[0])
+        lines.append(preview_student(prompts[0]))
     else:
         lines += ["The student reads (messages):", _indented(_turns(messages))]
     for role in method.roles(config):
@@ -257,7 +296,11 @@ def estimate(config: RunConfig) -> str:
     method = build_method(config.method)
     check_teachers(config, method)
     dataset = _read_data(config)
-    prompts = _student_prompts(config, dataset, find_tokenizer(config.student.model))
+    if dataset is not None:
+        check_routes(build_route(method.supervision), dataset.rows, config.data.train)
+    tokenizer = find_tokenizer(config.student.model)
+    _check_distributions(config, method, tokenizer)
+    prompts = _student_prompts(config, dataset, tokenizer)
     return _describe_all_calls(config, method, dataset, prompts)
 
 
@@ -266,8 +309,13 @@ def _describe_all_calls(config: RunConfig, method: Method, dataset: Dataset | No
     roles = method.roles(config)
     if len(roles) == 1:
         return _describe_calls(roles[0].alone(config), roles[0].method, dataset, prompts)
+    route = build_route(method.supervision)
+    weights = route.weights if isinstance(route, ByWeight) else {}
+    shares = {
+        name: f" {weight / sum(weights.values()):.0%} of the prompts by weight;" for name, weight in weights.items()
+    }
     parts = [
-        f"{role.name} ({role.teacher.spec}), if every prompt went to it:\n"
+        f"{role.name} ({role.teacher.spec}),{shares.get(role.name, '')} if every prompt went to it:\n"
         + _indented(_describe_calls(role.alone(config), role.method, dataset, prompts))
         for role in roles
     ]
@@ -276,7 +324,8 @@ def _describe_all_calls(config: RunConfig, method: Method, dataset: Dataset | No
 
 def _describe_calls(config: RunConfig, method: Method, dataset: Dataset | None, prompts: Sequence[Prompt]) -> str:
     way = _transport(config) if method.needs_text_teacher else ""
-    sent = _prompt_tokens(dataset, prompts) + instruction_tokens(method, way) if way else 0
+    is_asked = way or is_scored_by_server(config, method)
+    sent = _prompt_tokens(dataset, prompts) + (instruction_tokens(method, way) if way else 0) if is_asked else 0
     return describe_calls(config, method, prompt_tokens=sent, transport=way, is_assumed=dataset is None)
 
 

@@ -15,6 +15,7 @@ from omniopd.method import Method, Role
 from omniopd.models import resolve_model, room_for_prompts
 from omniopd.run_folder import RunFolder, read_json, write_json_atomic
 from omniopd.spending import probe_cache, probe_key, shares_vocabulary, teacher_tokenizer
+from omniopd.supervision.routed import ByColumn, ByWeight
 from omniopd.teachers.base import Teacher
 from omniopd.teachers.in_process import weights_identity
 from omniopd.teachers.metered import MeteredTeacher
@@ -32,6 +33,7 @@ from omniopd.types import Message, Prompt
 
 if TYPE_CHECKING:
     from omniopd.behavior.base import Verifier
+    from omniopd.data import Row
     from omniopd.learner.policy import Policy
     from omniopd.teachers.cards import Transport
 
@@ -50,6 +52,39 @@ def check_teachers(config: RunConfig, method: Method) -> None:
         refuse_keys(role.label, teacher.model_dump(mode="json"))
 
 
+def check_folders(config: RunConfig, method: Method) -> None:
+    """Refuse a folder of scores or hidden states that is not there or holds something else."""
+    from omniopd.logits.score_folder import check_stored
+
+    for role in method.roles(config):
+        if role.method.needs_distributions:
+            check_stored(role.teacher.spec)
+
+
+def check_routes(route: ByColumn | ByWeight | None, rows: Sequence[Row], source: str) -> None:
+    """Refuse data with prompts that no teacher is for. Raises ConfigError."""
+    if not isinstance(route, ByColumn) or route.default is not None:
+        return
+    if all(getattr(row, route.column) is None for row in rows):
+        raise ConfigError(
+            f"method.supervision.by is {route.column}, but no row of data.train ({source}) has a column "
+            f"{route.column!r}; add it, set method.supervision.default, or use method.supervision.by: weight"
+        )
+    route.check(
+        [
+            Prompt(
+                id=row.source,
+                messages=row.messages,
+                text="",
+                token_ids=(),
+                teacher_id=row.teacher_id,
+                domain=row.domain,
+            )
+            for row in rows
+        ]
+    )
+
+
 def load_prompts(
     config: RunConfig, policy: Policy, say: Callable[[str], None]
 ) -> tuple[Verifier | None, tuple[Prompt, ...], tuple[Prompt, ...]]:
@@ -59,8 +94,11 @@ def load_prompts(
     from omniopd.verify import get_verifier
 
     data = config.data
-    longest_answer = max(config.rollout.max_tokens, config.eval.max_tokens or 0 if data.eval is not None else 0)
-    room = room_for_prompts(policy.model.config, longest_answer, data.max_prompt_tokens)
+    limits = {"rollout.max_tokens": config.rollout.max_tokens}
+    if data.eval is not None and config.eval.max_tokens is not None:
+        limits["eval.max_tokens"] = config.eval.max_tokens
+    key = max(limits, key=limits.__getitem__)
+    room = room_for_prompts(policy.model.config, limits[key], data.max_prompt_tokens, key=key)
 
     def prompts_of(source: str, split: str, limit: int | None) -> tuple[tuple[Prompt, ...], bool]:
         rows = load_rows(source, split=split, max_prompts=limit, on_bad_row=data.on_bad_row)

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable, Collection, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from omniopd.config import RunConfig, TeacherConfig
+from omniopd.config import RunConfig, ScoringConfig, TeacherConfig
 from omniopd.errors import ConfigError
 from omniopd.logits.prompt_check import prompt_check
 from omniopd.logits.reading import (
@@ -19,17 +19,20 @@ from omniopd.logits.reading import (
     WithinContext,
     special_ids,
 )
+from omniopd.logits.score_folder import check_stored
 from omniopd.logits.scores import Reading, SequenceTeacher
+from omniopd.logits.shards import WRITE_COMMAND
 from omniopd.method import Role
 from omniopd.method_checks import Access, access_of
 from omniopd.method_settings import LogprobSettings
 from omniopd.models import context_length, load_tokenizer
 from omniopd.supervision.logprob import Wanted
-from omniopd.types import Prompt
+from omniopd.types import Prompt, StepContext
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+    from omniopd.behavior.base import Behavior
     from omniopd.learner.divergences import Evidence
     from omniopd.learner.policy import LanguageModel, Policy
     from omniopd.learner.teachers import TeacherModel
@@ -115,9 +118,63 @@ def open_logit_teacher(
         most = vocabulary if teacher.scoring.max_logprobs == WHOLE_VOCABULARY else teacher.scoring.max_logprobs
     wanted = None
     if feeds_learner and model is None and role.method.uses_divergence:
-        wanted = wanted_of(evidence_of(config), teacher, vocabulary)
+        wanted = wanted_of(evidence_of(config), teacher, vocabulary, most=most)
         _check_top_k(wanted, most, role, access)
     return LogitTeacher(reader=reader, scorer=scorer, model=model, wanted=wanted, masked_ids=masked)
+
+
+def check_coverage(
+    role: Role,
+    teacher: LogitTeacher,
+    behavior: Callable[[], Behavior],
+    prompts: Sequence[Prompt],
+    say: Callable[[str], None],
+) -> None:
+    """Say how many of the data's answers the folder of a stored teacher has. Does nothing for any other teacher.
+
+    Args:
+        behavior: makes the run's own writer of rollouts, which for a stored teacher gives the data's answers.
+
+    Raises:
+        ConfigError: the folder lacks too many of them.
+        DataError: no prompt has a worked response.
+    """
+    manifest = check_stored(role.teacher.spec)
+    if manifest is None:
+        return
+    from omniopd.behavior.dataset import DatasetBehavior
+    from omniopd.logits.stored_scores import StoredScores
+    from omniopd.logits.stored_states import StoredStates
+
+    writer, folder = behavior(), role.teacher.spec.partition(":")[2]
+    assert isinstance(writer, DatasetBehavior)  # Stored answers are of fixed ones, which `build_method` saw to.
+    # Whether an answer is right plays no part here.
+    writer, only = replace(writer, verifier=None), StepContext(step=0, num_steps=1, seed=0)
+    rollouts = asyncio.run(writer.rollouts(prompts, only, group_size=1))
+    stored = StoredScores(folder) if manifest.kind == "scores" else StoredStates(folder)
+    readings = [teacher.reader.read(rollout).reading for rollout in rollouts]
+    there = sum(reading is not None and reading in stored for reading in readings)
+    total = f"{len(rollouts):,} answers of the data"
+    if there == len(rollouts):
+        say(f"{role.label}: {folder} has all {total}")
+        return
+    kept = f"--states --dtype {manifest.dtype}" if manifest.kind == "states" else f"--top-k {manifest.top_k}"
+    advice = (
+        f"write them with `{WRITE_COMMAND} RUN_FILE {role.label}.spec={manifest.teacher} --out {folder} {kept}` and "
+        "the data, chat format and rollout.max_tokens of this run"
+    )
+    limit = 0.0 if manifest.kind == "states" else role.teacher.max_missing_fraction
+    if len(rollouts) - there > limit * len(rollouts):
+        raise ConfigError(
+            f"{role.label}: {folder} has {there:,} of the {total}, and the run would stop at the others "
+            f"({role.label}.max_missing_fraction is {limit:g}); {advice}"
+            if limit
+            else f"{role.label}: {folder} has {there:,} of the {total}, and all of them are needed; {advice}"
+        )
+    say(
+        f"{role.label}: WARNING: {folder} has {there:,} of the {total}; nothing is learned from the others, and a step "
+        f"that lacks more than {role.label}.max_missing_fraction={limit:g} of its answers stops the run; {advice}"
+    )
 
 
 def load_weights(config: RunConfig, teacher: TeacherConfig, name: str, offload_folder: Path) -> LanguageModel:
@@ -151,8 +208,11 @@ def samples_of(prompts: Sequence[Prompt], tokenizer: PreTrainedTokenizerBase) ->
     return found
 
 
-def wanted_of(evidence: Evidence, teacher: TeacherConfig, vocabulary: int) -> Wanted:
+def wanted_of(evidence: Evidence, teacher: TeacherConfig, vocabulary: int, *, most: int) -> Wanted:
     """Return what a teacher without weights here is asked for, so that the learner's divergence can be computed.
+
+    Args:
+        most: tokens that the teacher names at a position, for the advice.
 
     Raises ConfigError for a loss that needs more than such a teacher gives.
     """
@@ -165,9 +225,7 @@ def wanted_of(evidence: Evidence, teacher: TeacherConfig, vocabulary: int) -> Wa
     if vocabulary > LARGEST_WHOLE:
         raise ConfigError(
             f"learner.losses.kl needs the teacher's whole distribution over {vocabulary:,} tokens, but "
-            f"{teacher.spec!r} gives the log-probs of some; use "
-            "learner.losses.kl={type: teacher_topk_reverse_kl, k: 20} or another top-k loss, "
-            "method.supervision.objective: sampled, or teacher.spec=hf:MODEL"
+            f"{teacher.spec!r} gives the log-probs of some; {_ways_out(teacher.spec, most)}"
         )
     return Wanted(top_k=vocabulary)
 
@@ -176,15 +234,30 @@ def _check_top_k(wanted: Wanted, most: int, role: Role, access: Access) -> None:
     """Raise ConfigError where the loss reads more tokens at a position than the teacher names."""
     if wanted.top_k <= most:
         return
-    way_out = (
+    more = (
         f"start the server with --max-logprobs {wanted.top_k} and set {role.label}.scoring.max_logprobs"
         if access == "vllm"
-        else f"write the folder with --top-k {wanted.top_k}"
+        else f"write another folder with --top-k {wanted.top_k}"
     )
     raise ConfigError(
         f"learner.losses.kl reads {wanted.top_k:,} tokens of the teacher at each position, but {role.teacher.spec!r} "
-        f"names {most:,}; use learner.losses.kl={{type: teacher_topk_reverse_kl, k: {max(2, most)}}}, or {way_out}"
+        f"names {most:,}; {more}, or {_ways_out(role.teacher.spec, most)}"
     )
+
+
+def _ways_out(spec: str, most: int) -> str:
+    """Return what to do about a loss that reads more of a teacher than the `most` tokens it names at a position."""
+    access = access_of(spec)
+    # Of a server that names all of a large vocabulary, so many are what it can send in reasonable time.
+    k = most if most <= LARGEST_WHOLE else ScoringConfig().max_logprobs
+    ways = [f"use learner.losses.kl={{type: teacher_topk_reverse_kl, k: {k}}}"] if k >= 2 else []
+    if access == "scores":
+        ways.append(
+            f"write the teacher's hidden states with `{WRITE_COMMAND} --states` and use teacher.spec=states:OUT"
+        )
+    else:
+        ways += ["use method.supervision.objective: sampled", "teacher.spec=hf:MODEL"]
+    return ", or ".join(ways)
 
 
 def evidence_of(config: RunConfig) -> Evidence:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping
+from difflib import get_close_matches
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
 from omniopd.config import RunConfig
@@ -53,7 +55,7 @@ def check_losses(losses: Mapping[str, Mapping[str, Any]], method: Method | None 
         )
     if kind == "sampled_token" and any(set(part.authors) != {"student"} for part in method.parts):
         raise ConfigError(
-            f"learner.losses.kl: sampled_token ({built['kl']}) estimates from tokens that the student drew itself, but "
+            f"learner.losses.kl: {_as_written(built['kl'])} estimates from tokens that the student drew itself, but "
             f"method.supervision.authors is {method.authors}; use a full divergence such as reverse_kl, or "
             "authors={student: 1}"
         )
@@ -64,6 +66,7 @@ def _check_alignment(loss: TokenLoss, method: Method) -> None:
     settings = method.supervision
     if not isinstance(settings, LogprobSettings) or not method.uses_divergence:
         return
+    written = _as_written(loss)
     if settings.alignment == "groups" and isinstance(method.objective, MiniLLM):
         raise ConfigError(
             "method.supervision.objective is minillm, whose single step compares token by token, but "
@@ -72,14 +75,25 @@ def _check_alignment(loss: TokenLoss, method: Method) -> None:
         )
     if settings.alignment == "groups" and loss.needs != "foreign_teacher":
         raise ConfigError(
-            f"method.supervision.alignment is groups, but learner.losses.kl is {loss}, which compares token by token; "
-            "use learner.losses.kl={type: hybrid} or {type: uld}, or method.supervision.objective: sampled"
+            f"method.supervision.alignment is groups, but learner.losses.kl is {written}, which compares token by "
+            "token; use learner.losses.kl={type: hybrid} or {type: uld}, or method.supervision.objective: sampled"
         )
     if settings.alignment == "none" and loss.needs == "foreign_teacher":
         raise ConfigError(
-            f"learner.losses.kl is {loss}, which compares groups of tokens, but method.supervision.alignment is none; "
-            "set method.supervision.alignment: groups, or use a loss for one vocabulary such as reverse_kl"
+            f"learner.losses.kl is {written}, which compares groups of tokens, but "
+            "method.supervision.alignment is none; set method.supervision.alignment: groups, or use a loss "
+            "for one vocabulary such as reverse_kl"
         )
+
+
+def _as_written(loss: Any) -> str:
+    """Return a loss as a run file has it, with the settings that are not the default ones."""
+    from omniopd.learner.losses import LOSSES
+
+    name = next(name for name, part in LOSSES[loss.stream].items() if part is type(loss))
+    values = {f.name: (getattr(loss, f.name), f.default) for f in dataclasses.fields(loss) if f.init}
+    changed = [f"{key}: {value}" for key, (value, default) in values.items() if value != default]
+    return "{" + ", ".join([f"type: {name}", *changed]) + "}"
 
 
 def check_inputs(config: RunConfig, method: Method) -> None:
@@ -116,6 +130,9 @@ def check_inputs(config: RunConfig, method: Method) -> None:
         )
     for role in method.roles(config):
         if method.routes and role.method.needs_teacher and role.name not in config.teachers:
+            if get_close_matches(role.name, config.teachers, n=1):
+                path = f"method.supervision.routes.{role.name}"
+                raise ConfigError(unknown(path, role.name, config.teachers, what="teacher"))
             raise ConfigError(
                 f"method.supervision.routes.{role.name} asks a teacher, but there is no teachers.{role.name}; add it "
                 "with its spec"
@@ -141,6 +158,13 @@ def _check_role(role: Role) -> None:
             f"method.supervision.type logprob needs the teacher's distributions, and {role.teacher.spec!r} only gives "
             f"text; use {key}=hf:MODEL, vllm:MODEL@URL, scores:FOLDER or states:FOLDER, or "
             "method.supervision.type=chunked"
+        )
+    budgets = [f"budget_{unit}" for unit in ("usd", "tokens", "calls")]
+    limit = next((name for name in budgets if getattr(role.teacher, name) is not None), None)
+    if limit is not None and not method.needs_text_teacher:
+        raise ConfigError(
+            f"{role.label}.{limit} is {getattr(role.teacher, limit)}, but budgets are for teachers that are asked for "
+            f"text, and {role.teacher.spec!r} is asked for log-probs, which nobody meters; leave {limit} out"
         )
     if access in ("scores", "states") and set(method.authors) != {"dataset"}:
         raise ConfigError(

@@ -49,16 +49,18 @@ def context_length(config: PretrainedConfig) -> int | None:
     return context
 
 
-def room_for_prompts(config: PretrainedConfig, max_tokens: int, max_prompt_tokens: int) -> int:
+def room_for_prompts(
+    config: PretrainedConfig, max_tokens: int, max_prompt_tokens: int, *, key: str = "max_tokens"
+) -> int:
     """Return how long a prompt may be: `max_prompt_tokens`, or what the context leaves beside `max_tokens` new ones.
 
-    Raises ConfigError when it leaves nothing.
+    Raises ConfigError when it leaves nothing, naming the setting, `key`.
     """
     context = context_length(config)
     if context is None:
         return max_prompt_tokens
     if max_tokens >= context:
-        raise ConfigError(f"max_tokens is {max_tokens}, but the model's whole context has {context} tokens; lower it")
+        raise ConfigError(f"{key} is {max_tokens}, but the model's whole context has {context} tokens; lower it")
     return min(max_prompt_tokens, context - max_tokens)
 
 

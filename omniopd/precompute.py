@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING
 from omniopd.config import RunConfig
 from omniopd.errors import ConfigError, DataError
 from omniopd.inputs import check_teachers, load_prompts, read_responses
-from omniopd.logit_teachers import LogitTeacher, evidence_of, open_logit_teacher, wanted_of
+from omniopd.logit_teachers import LARGEST_WHOLE, LogitTeacher, evidence_of, open_logit_teacher, wanted_of
 from omniopd.logits.reading import WithinContext
 from omniopd.method import Role, build_method
 from omniopd.method_checks import access_of
@@ -232,7 +232,13 @@ def _top_k(config: RunConfig, role: Role, kind: StoredKind, vocabulary: int) -> 
     if kind.top_k is not None:
         return min(kind.top_k, vocabulary)
     evidence = evidence_of(config)
-    wanted = wanted_of(evidence, role.teacher, vocabulary)
+    if evidence.kind == "whole" and vocabulary > LARGEST_WHOLE:
+        states = ", or --states, which hold every token" if access_of(role.teacher.spec) == "hf" else ""
+        raise ConfigError(
+            f"learner.losses.kl reads the teacher's whole distribution over {vocabulary:,} tokens, which takes "
+            f"{8 * vocabulary / 2**20:.1f} MiB a token; give --top-k, e.g. 64{states}"
+        )
+    wanted = wanted_of(evidence, role.teacher, vocabulary, most=vocabulary)
     if wanted.top_k == 0:
         raise ConfigError(
             f"learner.losses.kl reads {evidence.kind} of the teacher, which does not say how many of its likeliest "

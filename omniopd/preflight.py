@@ -3,9 +3,8 @@
 prompts of the run -> rollouts of the student -> verdicts -> each teacher: distributions | endings and text -> verdict
 
 The prompts, their order and the first rollouts are those of the run itself. What a text teacher answers lies in the
-run's own ledger: one budget then holds for the check and the run together, a repeated check pays nothing, and where the
-run asks from the same prefix with the same settings it finds the answer there. A folder in which a run has not begun
-stays one that `train` takes.
+run's own ledger: one budget then holds for the check and the run together, a repeated check pays nothing, and a run
+that asks the same finds the answer there. A folder in which a run has not begun stays one that `train` takes.
 """
 
 from __future__ import annotations
@@ -19,7 +18,7 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from omniopd.assembly import build_route
+from omniopd.assembly import build_route, check_data_routes
 from omniopd.config import RunConfig
 from omniopd.diagnosis.evidence import ProbeCost, is_students_own, num_text_tokens
 from omniopd.diagnosis.logit_match import LogitMatchReport, summarize_match
@@ -30,7 +29,7 @@ from omniopd.diagnosis.prefix_probe import (
     prefix_probe_cost,
     probe_prefixes,
 )
-from omniopd.diagnosis.preflight_report import PreflightReport, PreflightSettings, TeacherCheck
+from omniopd.diagnosis.preflight_report import NOT_ASKED, PreflightReport, PreflightSettings, TeacherCheck
 from omniopd.diagnosis.text_match import TextMatchReport, TextMatchSettings, match_texts, text_match_cost
 from omniopd.diagnosis.verdict import Verdict, judge_logits, judge_text
 from omniopd.errors import DataError
@@ -49,6 +48,7 @@ from omniopd.teachers.resolve import LOCAL_DIALECTS
 from omniopd.templates import preview
 from omniopd.timing import StepTimer
 from omniopd.types import FinishReason, Prompt, Rollout, StepContext
+from omniopd.verify import get_verifier
 
 if TYPE_CHECKING:
     from omniopd.behavior.base import Verifier
@@ -57,35 +57,19 @@ if TYPE_CHECKING:
     from omniopd.logits.reading import Read
     from omniopd.teachers.metered import MeteredTeacher
 
-TOP_K = 16
-"""Of arXiv 2604.13016."""
-SMALLEST_SHARE = 8
-"""The sets hold at most 1 / 8 of the vocabulary; sets of most of a small one always overlap."""
-
 
 def run_preflight(config: RunConfig, settings: PreflightSettings | None = None) -> PreflightReport:
     """Check every teacher of a run on fresh rollouts of its student. Spends money where a text teacher does.
 
-    Raises what `run_training` raises before its first step, and TeacherBudgetError when the budget does not suffice;
-    the answers that were paid for stay in the ledger.
+    Raises what `run_training` raises before its first step, and TeacherBudgetError; what was paid stays in the ledger.
     """
     settings = settings or PreflightSettings()
     method = build_method(config.method)
     check_teachers(config, method)
+    check_data_routes(config, method)
     started = time.perf_counter()
     if not method.needs_teacher:
-        return PreflightReport(
-            name=config.name,
-            student=config.student.model,
-            settings=settings,
-            num_prompts=0,
-            num_rollouts=0,
-            accuracy=None,
-            mean_tokens=0.0,
-            truncated=0.0,
-            teachers=(),
-            seconds=0.0,
-        )
+        return PreflightReport(name=config.name, student=config.student.model, settings=settings)
     with ExitStack() as stack:
         rollouts, teachers = asyncio.run(_Preflight(config, method, settings, stack).run())
     verdicts = [r.is_correct for r in rollouts if r.is_correct is not None]
@@ -122,9 +106,9 @@ class _Preflight:
         self.asked = [role for role in self.roles if role.method.needs_text_teacher and settings.asks_for_text]
         self.text_teachers = self._open_text_teachers(stack)
         self.policy: Policy = Policy.load(config.student)
-        self.verifier, prompts, _ = load_prompts(config, self.policy, self.progress.message)
-        count = min(settings.num_prompts, len(prompts))
-        self.prompts = build_sampler(config.data.sampler, prompts, config.seed).draw(0, count)
+        self.verifier, prompts = training_prompts(config, self.policy, self.progress.message)
+        sampler = build_sampler(config.data.sampler, prompts, config.seed)
+        self.prompts = sampler.draw(0, min(settings.num_prompts, len(prompts)))
         self.route = build_route(method.supervision)
         if self.route is not None:
             self.route.check(prompts)
@@ -213,7 +197,7 @@ class _Preflight:
                 usage = teacher.take()
                 verdicts.append(judge_text(prefix, text))
             elif role.method.needs_text_teacher:
-                left_out.append("text: --no-text was given, so the teacher was not asked")
+                left_out.append(NOT_ASKED)
         return TeacherCheck(
             name=role.name,
             spec=role.teacher.spec,
@@ -229,12 +213,13 @@ class _Preflight:
 
     async def _match_logits(self, role: Role, rollouts: Sequence[Rollout]) -> LogitMatchReport:
         """Compare distributions where both are at hand, else what the teacher's scores tell."""
+        from omniopd.learner.matching import top_set_size
         from omniopd.learner.terms import vocabulary_of
 
         self.progress.phase(f"distributions of {role.name}")
         teacher = self.logit_teachers[role.name]
         vocabulary = vocabulary_of(self.policy)
-        k = min(TOP_K, max(1, vocabulary // SMALLEST_SHARE))
+        k = top_set_size(self.config.diagnostics.top_k, vocabulary)
         reads = [(r, teacher.reader.read(r)) for r in rollouts]
         missing = Counter(str(read.missing) for _, read in reads if read.missing is not None)
         readable = [(r, read, read.reading) for r, read in reads if read.reading is not None]
@@ -272,9 +257,8 @@ class _Preflight:
         """Compare what two tokenizers cut differently, where only log-probs of the teacher's own tokens are known."""
         from omniopd.logits.alignment import group_logprobs
 
-        own = self.learner.score([r for r, _, _ in scored])
         found = []
-        for (_, read, theirs), (ours, _) in zip(scored, own, strict=True):
+        for (_, read, theirs), (ours, _) in zip(scored, self.learner.score([r for r, _, _ in scored]), strict=True):
             assert read.alignment is not None
             grouped = group_logprobs(read.alignment, ours, theirs)
             ratios = zip(grouped.advantages, grouped.weights, strict=True)
@@ -366,6 +350,22 @@ class EmbeddedSpans:
         asked = [Prompt(id=str(i), messages=(), text="", token_ids=ids) for i, ids in enumerate(prefixes)]
         drawn = await engine.generate(asked, group_size=n, seeds=seeds, tag="span")
         return [[r.text for r in drawn[i * n : (i + 1) * n]] for i in range(len(prefixes))]
+
+
+def training_prompts(
+    config: RunConfig, policy: Policy, say: Callable[[str], None]
+) -> tuple[Verifier | None, tuple[Prompt, ...]]:
+    """Return the run's verifier and its training prompts; what the held-out problems decide of both needs no look."""
+    data, rollout = config.data, config.rollout
+    if data.eval is None:
+        return load_prompts(config, policy, say)[:2]
+    longest = max(rollout.max_tokens, config.eval.max_tokens or 0)
+    changes = {
+        "data": data.model_copy(update={"eval": None, "verifier": "none"}),
+        "rollout": rollout.model_copy(update={"max_tokens": longest}),
+    }
+    _, prompts, _ = load_prompts(config.model_copy(update=changes), policy, say)
+    return get_verifier(data.verifier, source=data.eval), prompts
 
 
 def cost_notice(role: Role, config: RunConfig, costs: Sequence[ProbeCost]) -> str:

@@ -147,6 +147,9 @@ class RunProgress:
             ("tokens/s", m.get("rollout/tokens_per_s"), lambda v: f"{v:,.0f}"),
         ]
         shown = [f"{name} {form(value)}" for name, value, form in facts if value is not None]
+        unscored = sum(value or 0 for name, value in m.items() if name.startswith("teacher/unscored/"))
+        if unscored:
+            shown.append(f"unscored {unscored:,.0f}")
         if self._spent.requests:
             shown.append(f"teacher {self._spent.requests:,} calls {format_usd(self._spent.cost_usd)}")
         if self._eval:

@@ -13,12 +13,12 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from omniopd.assembly import RunParts, Student, build_route
+from omniopd.assembly import RunParts, Student, build_route, check_data_routes
 from omniopd.config import RunConfig
 from omniopd.diagnosis.run_diagnostics import Watched
 from omniopd.errors import TeacherError
-from omniopd.inputs import check_teachers, load_prompts, open_text_teacher
-from omniopd.logit_teachers import open_logit_teacher
+from omniopd.inputs import check_folders, check_teachers, load_prompts, open_text_teacher
+from omniopd.logit_teachers import check_coverage, open_logit_teacher
 from omniopd.logits.vllm_scores import VllmScores
 from omniopd.loop import Observer, Run, train
 from omniopd.method import Method, build_method
@@ -54,6 +54,8 @@ def run_training(
     """
     method = build_method(config.method)
     check_teachers(config, method)
+    check_folders(config, method)
+    check_data_routes(config, method)
     folder = RunFolder.create(Path(config.output) / config.name, resume=resume, overwrite=overwrite)
     plain = config.model_dump(mode="json")
     if resume:
@@ -137,6 +139,10 @@ class _Session:
             logit_teachers=self.logit_teachers,
             timer=self.timer,
         )
+        for role in self.roles:
+            if role.name in self.logit_teachers:
+                of = self.logit_teachers[role.name]
+                check_coverage(role, of, self.parts.behavior, prompts, self.progress.message)
         self.diagnostics = self.parts.diagnostics(self.progress.message)
         self.checkpoints = Checkpoints(folder, keep=config.keep_checkpoints)
         self.saver = PeriodicCheckpoint(
@@ -331,11 +337,15 @@ class _Session:
                 write_json_atomic(files.estimate, expected.to_json())
 
     def _preview(self, prompt: Prompt) -> None:
-        from omniopd.templates import preview
+        from omniopd.templates import preview_student, preview_teacher
 
         self.progress.message(f"objective: {self.method.in_words()}")
         self.progress.message(f"aggregation: {self.config.learner.aggregation}")
-        self.progress.message(preview(prompt))
+        self.progress.message(preview_student(prompt))
+        for role in self.roles:
+            if role.method.needs_text_teacher:
+                name = f"{role.name}: " if self.method.routes else ""
+                self.progress.message(name + preview_teacher(prompt))
 
     def _summary(self, before: EvalResult | None, after: EvalResult | None, train_seconds: float) -> dict[str, Any]:
         from omniopd.evaluation import compare

@@ -9,6 +9,7 @@ from omniopd.config import RunConfig, TeacherConfig
 from omniopd.errors import ConfigError
 from omniopd.estimate import Estimate, chunk_shape, estimate_run
 from omniopd.method import Method, build_method
+from omniopd.method_checks import access_of
 from omniopd.method_settings import ChunkedSettings
 from omniopd.models import reads_alike
 from omniopd.progress import format_seconds, format_usd
@@ -35,8 +36,9 @@ def describe_calls(config: RunConfig, method: Method, *, prompt_tokens: int, tra
         transport: how the partial answer is handed over.
         is_assumed: nobody could measure that.
     """
+    scoring = _describe_scoring(config, method, prompt_tokens, is_assumed=is_assumed)
     if not method.needs_text_teacher:
-        return "none: this method asks for no text"
+        return scoring or "none: this method asks for no text"
     target = checked_target(config)
     probe = find_probe(config.teacher, target)
     known: dict[str, Any] = {"prompt_tokens": prompt_tokens, "transport": transport, "probe": probe}
@@ -50,15 +52,44 @@ def describe_calls(config: RunConfig, method: Method, *, prompt_tokens: int, tra
         rows.append(("cost", _range(one.usd, format_usd), _range(whole.usd, format_usd)))
     if one.seconds is not None and whole.seconds is not None:
         rows.append(("teacher's time", _range(one.seconds, format_seconds), _range(whole.seconds, format_seconds)))
-    widths = [max(len(row[i]) for row in rows) for i in range(3)]
-    table = [f"{a:<{widths[0]}}  {b:>{widths[1]}}  {c:>{widths[2]}}" for a, b, c in rows]
     assumed = " (assumed: the data is not at hand)" if is_assumed else ""
     notes = [
         f"A request without the student's text has about {prompt_tokens} tokens{assumed}. The upper figures are a "
         "bound while nothing has to be asked again; the lower ones assume rollouts a third and continuations half as "
         "long as they may be. Shared prefixes and batched prompts need fewer."
     ]
-    return "\n".join([*table, *notes, *_money_notes(config, whole)])
+    return "\n".join([*_aligned(rows), *notes, *_money_notes(config, whole), *([scoring] if scoring else [])])
+
+
+def _describe_scoring(config: RunConfig, method: Method, prompt_tokens: int, *, is_assumed: bool) -> str | None:
+    """Say what a vLLM server is asked for log-probs; None where no server scores."""
+    if not is_scored_by_server(config, method):
+        return None
+    rollout = config.rollout
+    requests = rollout.prompts_per_step * rollout.group_size
+    tokens = requests * (prompt_tokens + rollout.max_tokens)
+    rows = [
+        ("", "a step", f"{config.steps} steps"),
+        ("scoring requests", f"{requests:,}", f"{requests * config.steps:,}"),
+        ("tokens read", f"{tokens:,}", f"{tokens * config.steps:,}"),
+    ]
+    assumed = " (assumed: the data is not at hand)" if is_assumed else ""
+    note = (
+        f"A request for each rollout, of about {prompt_tokens} prompt tokens{assumed} and at most {rollout.max_tokens} "
+        "of the rollout; the server writes nothing. A few more go to the check at the start and to diagnostics. A "
+        "server of your own is not metered."
+    )
+    return "\n".join([*_aligned(rows), note])
+
+
+def is_scored_by_server(config: RunConfig, method: Method) -> bool:
+    """Say whether a vLLM server is asked for log-probs of the rollouts."""
+    return method.needs_distributions and access_of(config.teacher.spec) == "vllm"
+
+
+def _aligned(rows: Sequence[tuple[str, str, str]]) -> list[str]:
+    widths = [max(len(row[i]) for row in rows) for i in range(3)]
+    return [f"{a:<{widths[0]}}  {b:>{widths[1]}}  {c:>{widths[2]}}" for a, b, c in rows]
 
 
 def instruction_tokens(method: Method, transport: str) -> int:

@@ -148,11 +148,20 @@ def preview(prompt: Prompt, *, teacher_text: str | None = None) -> str:
         prompt: A prompt of the run.
         teacher_text: The text sent to a teacher that takes text; None shows the messages a chat teacher gets.
     """
-    student = f"The student reads ({len(prompt.token_ids)} tokens):\n{_indent(prompt.text)}"
+    return f"{preview_student(prompt)}\n{preview_teacher(prompt, teacher_text=teacher_text)}"
+
+
+def preview_student(prompt: Prompt) -> str:
+    """Show one prompt as the student reads it."""
+    return f"The student reads ({len(prompt.token_ids)} tokens):\n{_indent(prompt.text)}"
+
+
+def preview_teacher(prompt: Prompt, *, teacher_text: str | None = None) -> str:
+    """Show one prompt as a teacher that is asked for text gets it; see `preview`."""
     if teacher_text is not None:
-        return f"{student}\nThe teacher reads (text):\n{_indent(teacher_text)}"
+        return f"The teacher reads (text):\n{_indent(teacher_text)}"
     turns = "\n".join(f"[{message.role}] {message.content}" for message in prompt.messages)
-    return f"{student}\nThe teacher reads (messages):\n{_indent(turns)}"
+    return f"The teacher reads (messages):\n{_indent(turns)}"
 
 
 def _has_template(tokenizer: PreTrainedTokenizerBase, chat_template: str | None) -> bool:

@@ -78,6 +78,20 @@ def test_teacher_that_answers_nothing_usable_stops_the_run(
     assert "no usable answer" in told and "teachers check" in told
 
 
+def test_data_that_names_no_teacher_costs_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    words = ["opd-several-teachers", f"output={tmp_path}", "method.supervision.by=teacher_id"]
+    with Loopback(lambda request: chat("1")) as server:
+        words.append(f"teachers.text={{spec: 'local:teacher@{server.base_url}', serve: null}}")
+        assert main(["train", *words]) == 2
+        assert server.received == []
+    missing = "method.supervision.by is teacher_id, but no row of data.train (mini-math) has a column 'teacher_id'"
+    assert missing in message(capsys)
+    assert list(tmp_path.iterdir()) == []
+    for command in (["train", *words, "--dry-run"], ["estimate", *words]):
+        assert main(command) == 2
+        assert missing in message(capsys)
+
+
 def test_wrong_column_names_the_columns_seen(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     data = tmp_path / "questions.jsonl"
     data.write_text(json.dumps({"promt": "1+1"}) + "\n")
@@ -155,4 +169,4 @@ def test_prompts_that_do_not_fit_the_context_are_left_out_and_counted(
     assert "1 prompts, 1 too long" in message(capsys)
     assert main(["eval", "mini-math:student", "--data", str(data), "-k", "1", "--num-problems", "2"]) == 0
     assert train(tmp_path / "other", "rollout.max_tokens=300", "method.supervision={type: verifier}") == 2
-    assert "max_tokens is 300, but the model's whole context has 256 tokens" in message(capsys)
+    assert "rollout.max_tokens is 300, but the model's whole context has 256 tokens" in message(capsys)

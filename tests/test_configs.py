@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from pathlib import Path
 
@@ -11,6 +12,7 @@ from omniopd.config import RunConfig
 from omniopd.dry_run import dry_run
 from omniopd.errors import ConfigError, DataError
 from omniopd.estimate import estimate_step
+from omniopd.logits.score_folder import Manifest
 from omniopd.method import build_method
 from omniopd.overrides import list_configs, load_config
 from omniopd.spending import spending_notice
@@ -117,6 +119,25 @@ def test_prompts_are_shown_as_both_models_read_them(student_folder: Path) -> Non
     assert "[assistant] [what the student wrote before the chunk]" in prefill
     echo = dry_run(quickstart("teacher={spec: 'echo:demo', serve: null}"))
     assert "[assistant] [what the student wrote before the chunk]" in echo
+
+
+def test_a_dry_run_looks_at_what_an_open_weight_teacher_can_tell(tmp_path: Path) -> None:
+    def shown(*words: str) -> str:
+        return dry_run(load_config(["opd-precomputed"], [*words]))
+
+    folder = tmp_path / "kept"
+    with pytest.raises(ConfigError, match=r"there is no folder .*kept"):
+        shown(f"teacher.spec=scores:{folder}")
+    manifest = Manifest(kind="scores", teacher="t", vocabulary=34, top_k=3)
+    folder.mkdir()
+    (folder / "manifest.json").write_text(json.dumps(dataclasses.asdict(manifest)))
+    with pytest.raises(ConfigError, match=r"reads 4 tokens .* names 3; write another folder with --top-k 4, or"):
+        shown(f"teacher.spec=scores:{folder}")
+    assert "Objective" in shown(f"teacher.spec=scores:{folder}", "learner.losses.kl.k=3")
+    server = "teacher={spec: 'vllm:m@http://127.0.0.1:9/v1', tokenizer: 'mini-math:teacher'}"
+    with pytest.raises(ConfigError, match=r"reads 21 tokens .* names 20; start the server with --max-logprobs 21"):
+        shown(server, "learner.losses.kl.k=21")
+    assert "scoring requests" in shown(server, "learner.losses.kl.k=20")
 
 
 @pytest.mark.parametrize("card", [name for name in card_names() if name not in ("replay", "hf")])

@@ -8,7 +8,8 @@ from typing import Any
 
 import pytest
 
-from omniopd.config import RunConfig
+from omniopd.config import MethodConfig, RunConfig
+from omniopd.dry_run import estimate
 from omniopd.errors import ConfigError
 from omniopd.estimate import Calls, estimate_run, estimate_step, probe_calls
 from omniopd.method import build_method
@@ -113,6 +114,25 @@ def test_the_words_name_what_is_unknown_and_what_may_stop_the_run() -> None:
     for name in ("budget_usd 0.1", "budget_tokens 1,000", "budget_calls 9"):
         assert f"teacher.{name} may stop the run" in told
     assert "Price: your settings." in told
+
+
+def test_a_server_that_scores_is_asked_once_for_each_rollout() -> None:
+    run = config("vllm:big@http://localhost:8000/v1").model_copy(
+        update={"method": MethodConfig(supervision={"type": "logprob"})}
+    )
+    told = describe_calls(run, build_method(run.method), prompt_tokens=100, transport="", is_assumed=False)
+    figures = {row.split("  ")[0]: row.split()[-2:] for row in told.splitlines()[1:3]}
+    # 4 prompts x 2 rollouts, each with 100 + 90 tokens, 10 steps.
+    assert figures == {"scoring requests": ["8", "80"], "tokens read": ["1,520", "15,200"]}
+    weights = run.model_copy(update={"teacher": config("hf:big").teacher})
+    told = describe_calls(weights, build_method(run.method), prompt_tokens=0, transport="", is_assumed=False)
+    assert told == "none: this method asks for no text"
+
+
+def test_shares_by_weight_are_told() -> None:
+    told = estimate(load_config(["opd-several-teachers"]))
+    assert "weights (hf:mini-math:teacher), 75% of the prompts by weight; if every prompt went to it:" in told
+    assert "text (local:teacher), 25% of the prompts by weight; if every prompt went to it:" in told
 
 
 def test_the_notice_before_a_run() -> None:

@@ -430,12 +430,15 @@ def test_two_teachers_in_one_run_by_name(tmp_path: Path, named: Path, monkeypatc
     assert all(torch.equal(one[name], other[name]) for name in one)
 
 
-def test_two_teachers_in_one_run_by_weight(tmp_path: Path, named: Path) -> None:
+def test_two_teachers_in_one_run_by_weight(tmp_path: Path, named: Path, capsys: pytest.CaptureFixture[str]) -> None:
     done = run(tmp_path, "run", *several(named, "weight"), "steps=2")
     signals = [*recorded(done, 1), *recorded(done, 2)]
     by_prompt = {}
     for place, signal in enumerate(signals):
         by_prompt.setdefault((place // 8, signal.rollout.prompt.id), set()).add(is_white(signal))
+    # Only the one that is asked for text reads messages.
+    told = capsys.readouterr().err
+    assert told.count("The teacher reads") == 1 and "black: The teacher reads (messages):" in told
     # All rollouts of a prompt go to one teacher, and both are asked.
     assert all(len(whose) == 1 for whose in by_prompt.values())
     assert {white for whose in by_prompt.values() for white in whose} == {True, False}

@@ -13,7 +13,7 @@ from torch import Tensor
 import tiny
 from omniopd.errors import LearnerError
 from omniopd.learner.learner import Learner
-from omniopd.learner.matching import Evidence, TokenDiagnostics, top_size
+from omniopd.learner.matching import Evidence, TokenDiagnostics, top_set_size
 from omniopd.learner.policy import LanguageModel, Policy
 from omniopd.learner.teachers import ForeignTeacher
 from omniopd.logits.alignment import align
@@ -23,8 +23,8 @@ from omniopd.logits.scores import Reading, TokenScores
 from omniopd.logits.token_bytes import Segments
 from omniopd.types import Missing, Rollout
 
-K = 5
-ROLLOUTS = (tiny.rollout("1+2=3;#3", name="p0/0"), tiny.rollout("9-4=5;5+1=6;#6", name="p0/1"))
+K = 2  # the most of 23 tokens, an eighth
+ROLLOUTS = (tiny.rollout("1+2=3;#3", name="p0/0"), tiny.rollout("6-2=4;4+4=8;#8", name="p0/1"))
 
 
 def teacher_network() -> LanguageModel:
@@ -87,6 +87,7 @@ def wanted_of(rollout: Rollout, k: int = K) -> dict[str, list[float]]:
         **{name: values.tolist() for name, values in match_diagnostics(student, teacher, k=k).items()},
         "log_ratio": (own(teacher, rollout) - own(student, rollout)).tolist(),
         "sampled_outside_top_k": outside,
+        "top_k": [float(k)] * rollout.num_tokens,
     }
 
 
@@ -94,9 +95,14 @@ def test_a_teacher_with_weights_is_compared_as_without_padding_and_slices(learne
     # Slices of 16 // 4 = 4 tokens: rollouts of 9 and 15 tokens cross several.
     found = match(learner, [reading(r) for r in ROLLOUTS])
     for rollout, of in zip(ROLLOUTS, found, strict=True):
-        wanted = wanted_of(rollout)
-        assert 0 < sum(wanted["sampled_outside_top_k"]) < rollout.num_tokens
-        expect(of, wanted)
+        expect(of, wanted_of(rollout))
+    assert {value for of in found for value in of["sampled_outside_top_k"]} == {0.0, 1.0}
+
+
+def test_a_small_vocabulary_has_small_sets(learner: Learner) -> None:
+    # 34 // 8 = 4; sets of 16 of 34 tokens would overlap whatever the models.
+    assert [top_set_size(16, of) for of in (7, 34, 128, 150_000)] == [1, 4, 16, 16]
+    expect(match(learner, [reading(ROLLOUTS[0])], k=16)[0], wanted_of(ROLLOUTS[0], k=2))
 
 
 def test_a_record_of_the_whole_vocabulary_tells_as_much(learner: Learner) -> None:
@@ -125,19 +131,17 @@ def test_the_teachers_likeliest_tell_all_but_entropies_and_its_mass_elsewhere(le
     for rollout, of in zip(ROLLOUTS, match(learner, evidence), strict=True):
         wanted = wanted_of(rollout)
         expect(of, wanted, names=set(wanted) - UNTOLD)
-    assert top_size(evidence, K) == K
-    assert top_size(evidence, 7) == K  # the narrower record's
 
 
 def test_a_narrow_record_is_compared_at_its_own_size(learner: Learner) -> None:
-    found = match(learner, [record(ROLLOUTS[0], "teacher_top_k", 2)])[0]
-    wanted = wanted_of(ROLLOUTS[0], k=2)
+    found = match(learner, [record(ROLLOUTS[0], "teacher_top_k", 1)])[0]
+    wanted = wanted_of(ROLLOUTS[0], k=1)
     expect(found, wanted, names=set(wanted) - UNTOLD)
 
 
 def test_the_students_candidates_tell_two_masses_and_the_ratio(learner: Learner) -> None:
     found = match(learner, [record(r, "requested", K) for r in ROLLOUTS])
-    names = {"log_ratio", "student_mass_on_student_top_k", "teacher_mass_on_student_top_k"}
+    names = {"log_ratio", "student_mass_on_student_top_k", "teacher_mass_on_student_top_k", "top_k"}
     for rollout, of in zip(ROLLOUTS, found, strict=True):
         expect(of, wanted_of(rollout), names=names)
 

@@ -72,7 +72,21 @@ CASES = [
             words("authors: {student: 1, dataset: 0}", kl=SAMPLED_LOSS),
         ],
     ),
+    # Nobody meters log-probs.
+    (
+        words("", "teacher.budget_calls=1", spec=VLLM),
+        "teacher.budget_calls is 1, but budgets are for teachers that are asked for text",
+        [
+            words("", "teacher.budget_calls=null", spec=VLLM),
+            ["student.model=a", "data.train=b", "teacher.budget_calls=1"],
+        ],
+    ),
     # Vocabularies.
+    (
+        words("alignment: groups", kl="{type: reverse_kl, temperature: 2.0}"),
+        "learner.losses.kl is {type: reverse_kl, temperature: 2.0}, which compares token by token",
+        [words("alignment: groups", kl="{type: uld}")],
+    ),
     (
         words("alignment: groups"),
         "which compares token by token; use learner.losses.kl={type: hybrid} or {type: uld}, or "
@@ -85,7 +99,7 @@ CASES = [
     ),
     (
         words("alignment: groups", kl="{type: jsd}"),
-        "method.supervision.alignment is groups, but learner.losses.kl is GeneralizedJSD(",
+        "method.supervision.alignment is groups, but learner.losses.kl is {type: jsd}, which compares",
         [words("alignment: groups", kl="{type: uld}")],
     ),
     # A single step compares token by token, so it has a way out of its own.

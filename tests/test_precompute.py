@@ -15,13 +15,22 @@ from safetensors.torch import load_file
 
 import scoring_server
 import tiny
+from omniopd.assembly import Student
+from omniopd.behavior.dataset import DatasetBehavior
 from omniopd.cli import main
+from omniopd.config import TeacherConfig
 from omniopd.errors import ConfigError, DataError
+from omniopd.inputs import load_prompts, read_responses
+from omniopd.learner.divergences import Evidence
+from omniopd.learner.policy import Policy
+from omniopd.logit_teachers import LARGEST_WHOLE, check_coverage, open_logit_teacher, wanted_of
 from omniopd.logits.scores import Reading
 from omniopd.logits.stored_scores import StoredScores
 from omniopd.logits.stored_states import StoredStates
+from omniopd.method import build_method
 from omniopd.overrides import load_config
 from omniopd.precompute import StoredKind, describe_precomputed, precompute
+from omniopd.rollout.detokenize import Detokenizer
 from scoring_server import ScoringServer
 
 ANSWERS = {"1+2": "1+2=3;#3", "9-4": "9-4=5;#5", "7+7": "7+7=14;#14"}
@@ -283,4 +292,69 @@ def test_the_command_says_what_it_did_and_what_to_do_next(
     assert "k: 3}" in said.out
     assert "both read the same text" in said.err and "answers 3/3" in said.err
     assert main(["scores", "write", *words_of(world), "--out", str(out), "--states"]) == 2
-    assert "is written with kind 'scores', asked for 'states'" in capsys.readouterr().err
+    assert f"{out} holds scores, asked for states; give another folder (--out)" in capsys.readouterr().err
+
+
+# What a run is told of a folder
+
+
+def covered(world: Path, folder: Path, *words: str, data: Path | None = None) -> list[str]:
+    """Return what a run over some data is told of a folder."""
+    kind = "states" if (folder / "head.safetensors").exists() else "scores"
+    spec = (f"teacher.spec={kind}:{folder}", f"data.train={data or world / 'data.jsonl'}")
+    config = load_config([], [*words_of(world, *words), "method.supervision.authors={dataset: 1}", *spec])
+    (role,) = build_method(config.method).roles(config)
+    policy, said = Policy.load(config.student), list[str]()
+    _, prompts, _ = load_prompts(config, policy, lambda _: None)
+    student = Student(policy, Detokenizer(policy.tokenizer))
+    teacher = open_logit_teacher(role, config, policy, prompts, end_ids=student.end_ids, offload_folder=folder, say=str)
+    behavior = DatasetBehavior(
+        responses=read_responses(config.data),
+        encode=student.encode,
+        end_id=student.end_id,
+        detokenize=student.detokenize,
+        max_tokens=config.rollout.max_tokens,
+    )
+    check_coverage(role, teacher, lambda: behavior, prompts, said.append)
+    return said
+
+
+@pytest.mark.parametrize("kind", [{"states": True}, {}], ids=["states", "scores"])
+def test_a_run_is_told_how_many_answers_the_folder_has(world: Path, tmp_path: Path, kind: dict[str, Any]) -> None:
+    folder = tmp_path / "kept"
+    write(world, folder, **kind)
+    assert covered(world, folder) == [f"teacher: {folder} has all 3 answers of the data"]
+    # The fourth row of the data has no answer, so the fifth makes four of them.
+    row = {"messages": [{"role": "user", "content": "1+1"}, {"role": "assistant", "content": "1+1=2;#2"}]}
+    more = tmp_path / "more.jsonl"
+    more.write_text((world / "data.jsonl").read_text() + json.dumps({**row, "answer": "2"}) + "\n")
+    flags = "--states --dtype float32" if kind else f"--top-k {tiny.VOCABULARY}"
+    if kind:
+        with pytest.raises(ConfigError, match=r"has 3 of the 4 answers of the data, and all of them are needed"):
+            covered(world, folder, data=more)
+    else:
+        (told,) = covered(world, folder, data=more)
+        assert f"WARNING: {folder} has 3 of the 4 answers of the data" in told and f"--out {folder} {flags}`" in told
+        with pytest.raises(ConfigError, match=r"3 of the 4 .* stop at the others .*max_missing_fraction is 0\.2"):
+            covered(world, folder, "teacher.max_missing_fraction=0.2", data=more)
+    # Cut after four tokens they are other answers, none of which was written.
+    with pytest.raises(ConfigError, match=r"has 0 of the 3 answers of the data.*`omniopd scores write RUN_FILE"):
+        covered(world, folder, "rollout.max_tokens=4")
+
+
+def test_a_loss_that_reads_too_much_is_told_what_the_folder_holds(world: Path, tmp_path: Path) -> None:
+    write(world, tmp_path / "five", top_k=5)
+    said = r"reads 34 tokens.*names 5.*--top-k 34, or use .*reverse_kl, k: 5\}, or .*--states` and use"
+    with pytest.raises(ConfigError, match=said.replace("34", str(tiny.VOCABULARY))):
+        covered(world, tmp_path / "five")
+    large, whole = LARGEST_WHOLE + 1, Evidence("whole")
+
+    def advice(spec: str, most: int) -> str:
+        with pytest.raises(ConfigError) as caught:
+            wanted_of(whole, TeacherConfig(spec=spec), large, most=most)
+        return str(caught.value)
+
+    assert "k: 64}" in advice("scores:S", 64) and "states:OUT" in advice("scores:S", 64)
+    assert "k:" not in advice("scores:S", 1)
+    assert "k: 50}" in advice("vllm:m@http://127.0.0.1:1/v1", 50) and "hf:MODEL" in advice("vllm:m", 50)
+    assert "k: 20}" in advice("vllm:m", large)

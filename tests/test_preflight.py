@@ -16,7 +16,7 @@ from omniopd import preflight
 from omniopd.cli import main
 from omniopd.config import RunConfig
 from omniopd.diagnosis.evidence import PromptMean, cost_of
-from omniopd.diagnosis.logit_match import GAP, OVERLAP, LogitMatch, LogitMatchReport, summarize_match
+from omniopd.diagnosis.logit_match import LOG_RATIO, OVERLAP, LogitMatch, LogitMatchReport, summarize_match
 from omniopd.diagnosis.prefix_probe import PrefixPoint, PrefixProbeSettings, PrefixReport, cut_positions
 from omniopd.diagnosis.preflight_report import PreflightSettings, describe_preflight
 from omniopd.diagnosis.text_match import TextMatchReport, TextMatchSettings
@@ -90,10 +90,12 @@ def test_a_teacher_that_is_the_student_overlaps_wholly_and_has_nothing_new(tmp_p
     assert teacher.logits is not None
     numbers = teacher.logits.numbers
     assert numbers[OVERLAP].mean.value == 1.0 and set(numbers[OVERLAP].tenths) <= {1.0, None}
-    assert abs(numbers[GAP].mean.value) < 1e-6
+    assert abs(numbers[LOG_RATIO].mean.value) < 1e-6
     assert numbers["entropy_gap"].mean.value < 1e-6
     assert [v.finding for v in teacher.verdicts] == [Finding.NOTHING_NEW]
-    assert "nothing new to teach" in describe_preflight(report)
+    told = describe_preflight(report)
+    assert "nothing new to teach" in told and "All thresholds are ours" in told
+    assert "log-ratio (teacher minus student)" in told
     # 23 tokens: sets of 16 would overlap whatever the models, so they hold an eighth.
     assert (teacher.logits.top_k, teacher.logits.vocabulary) == (2, 23)
     assert not RunFolder(tmp_path / "runs" / "run").path.exists()
@@ -104,7 +106,7 @@ def test_another_model_differs_and_both_prompts_are_shown(tmp_path: Path, studen
     (teacher,) = report.teachers
     assert teacher.logits is not None and teacher.logits.num_rollouts == 12
     assert teacher.logits.numbers[OVERLAP].mean.value < 0.9
-    assert teacher.logits.numbers[GAP].mean.value > 0.05
+    assert teacher.logits.numbers[LOG_RATIO].mean.value < -0.05
     assert any("the student reads" in line for line in teacher.reads)
     assert any("the teacher reads" in line for line in teacher.reads)
     assert teacher.verdicts[0].finding is not Finding.NOTHING_NEW
@@ -123,12 +125,12 @@ def test_scores_of_a_server_give_the_overlap_that_weights_give(
     monkeypatch.setattr(preflight, "open_logit_teacher", without_weights)
     served = run_preflight(run, SMALL).teachers[0].logits
     assert whole is not None and served is not None
-    for name in (OVERLAP, GAP, "overlap_advantage"):
+    for name in (OVERLAP, LOG_RATIO, "overlap_advantage"):
         assert served.numbers[name].mean.value == pytest.approx(whole.numbers[name].mean.value, abs=1e-5)
     assert "entropy_gap" in whole.numbers and "entropy_gap" not in served.numbers
 
 
-def test_another_tokenizer_leaves_the_gap_with_weights_and_with_scores_alone(
+def test_another_tokenizer_leaves_the_log_ratio_with_weights_and_with_scores_alone(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, student: Path, other: Path
 ) -> None:
     method = {"supervision": {"type": "logprob", "objective": "sampled", "alignment": "groups"}}
@@ -142,9 +144,9 @@ def test_another_tokenizer_leaves_the_gap_with_weights_and_with_scores_alone(
     )
     scores = run_preflight(run, SMALL).teachers[0].logits
     assert weights is not None and scores is not None
-    assert weights.numbers[GAP].mean.value > 0.05
-    assert set(weights.numbers) == set(scores.numbers) == {GAP}
-    assert scores.numbers[GAP].mean.value == pytest.approx(weights.numbers[GAP].mean.value, abs=1e-5)
+    assert weights.numbers[LOG_RATIO].mean.value < -0.05
+    assert set(weights.numbers) == set(scores.numbers) == {LOG_RATIO}
+    assert scores.numbers[LOG_RATIO].mean.value == pytest.approx(weights.numbers[LOG_RATIO].mean.value, abs=1e-5)
 
 
 def test_stored_scores_are_of_other_rollouts(tmp_path: Path, student: Path) -> None:
@@ -191,8 +193,8 @@ def test_rollouts_without_scores_are_counted_and_left_out(
     (teacher,) = run_preflight(run, SMALL).teachers
     assert teacher.logits is not None
     assert teacher.logits.missing == {"failed": 1} and teacher.logits.num_rollouts == 11
-    # Only the gap is known, so closeness stays open.
-    assert set(teacher.logits.numbers) == {GAP}
+    # Only the log-ratio is known, so closeness stays open.
+    assert set(teacher.logits.numbers) == {LOG_RATIO}
     assert teacher.verdicts[0].finding is Finding.UNCLEAR
 
 
@@ -267,6 +269,8 @@ def test_no_text_asks_nobody(tmp_path: Path, student: Path) -> None:
     (check,) = report.teachers
     assert (check.prefix, check.text, check.usage, check.verdicts) == (None, None, None, ())
     assert any("--no-text" in reason for reason in check.left_out)
+    told = describe_preflight(report)
+    assert "next: run it without --no-text" in told and "thresholds" not in told
     assert not (tmp_path / "runs").exists()
 
 
@@ -290,6 +294,15 @@ def test_each_of_several_teachers_sees_its_own_prompts(
     assert white.logits is not None and white.verdicts[0].finding is Finding.NOTHING_NEW
     assert black.prefix is not None and black.verdicts[0].finding is Finding.CAN_TEACH
     assert {r.messages[0].content[2] for r in teacher.asked} == {"1", "3", "5", "7"}
+    # Messages are what a text teacher gets, and no other one.
+    assert [any("(messages)" in line for line in of.reads) for of in report.teachers] == [False, True]
+
+
+def test_the_held_out_problems_name_the_verifier_and_are_not_read(tmp_path: Path, student: Path) -> None:
+    run = config(tmp_path, student, method=LOGPROB, teacher={"spec": f"hf:{student}"})
+    away = run.data.model_copy(update={"eval": str(tmp_path / "away.jsonl"), "verifier": "exact"})
+    report = run_preflight(run.model_copy(update={"data": away}), SMALL)
+    assert report.num_prompts == 6 and report.accuracy is not None
 
 
 def test_a_method_without_a_teacher_has_nothing_to_check(tmp_path: Path, student: Path) -> None:
@@ -333,10 +346,10 @@ def test_means_are_over_prompts_without_masked_and_unknown_tokens() -> None:
     found = [{"log_ratio": [-1.0, -3.0]}, {"log_ratio": [-5.0, nan]}, {"log_ratio": [-9.0, -7.0]}]
     masked = frozenset(tiny.encode("5"))
     report = summarize_match(rollouts, found, teacher_id="t", top_k=1, vocabulary=23, masked_ids=masked)
-    # Rollout means 2, 5 and 7 (the 5 is masked, the nan unknown); prompt means 2 and 6; their mean 4.
-    assert report.numbers[GAP].mean.value == 4.0
-    # Wrong rollouts hold the tokens 5 and 7.
-    assert report.numbers[GAP].by_verdict == {"correct": 2.0, "wrong": 6.0, "unverified": None}
+    # Rollout means -2, -5 and -7 (the 5 is masked, the nan unknown); prompt means -2 and -6; their mean -4.
+    assert report.numbers[LOG_RATIO].mean.value == -4.0
+    # Wrong rollouts hold the values -5 and -7.
+    assert report.numbers[LOG_RATIO].by_verdict == {"correct": -2.0, "wrong": -6.0, "unverified": None}
     with pytest.raises(DataError, match="3 rollouts with the diagnostics of 2"):
         summarize_match(rollouts, found[:2], teacher_id="t", top_k=1, vocabulary=23)
 
@@ -346,9 +359,9 @@ def mean(value: float, low: float, high: float, prompts: int = 64) -> PromptMean
 
 
 def logits(
-    overlap: PromptMean | None, gap: PromptMean | None, tenths: tuple[float | None, ...] = (0.7,) * 10
+    overlap: PromptMean | None, ratio: PromptMean | None, tenths: tuple[float | None, ...] = (0.7,) * 10
 ) -> LogitMatchReport:
-    given: Mapping[str, PromptMean | None] = {OVERLAP: overlap, GAP: gap}
+    given: Mapping[str, PromptMean | None] = {OVERLAP: overlap, LOG_RATIO: ratio}
     return LogitMatchReport(
         teacher_id="hf:t",
         top_k=16,
@@ -359,37 +372,47 @@ def logits(
     )
 
 
-GAP_SEEN = mean(0.4, 0.3, 0.5)
+RATIO_SEEN = mean(-0.4, -0.5, -0.3)
 
 
 @pytest.mark.parametrize(
-    ("overlap", "gap", "finding"),
+    ("overlap", "ratio", "finding"),
     [
         (mean(0.99, 0.985, 0.995), mean(0.001, -0.002, 0.004), Finding.NOTHING_NEW),
         # Near in overlap, not in what is drawn, whichever way.
-        (mean(0.99, 0.985, 0.995), GAP_SEEN, Finding.CAN_TEACH),
-        (mean(0.99, 0.985, 0.995), mean(-0.4, -0.5, -0.3), Finding.CAN_TEACH),
-        (mean(0.72, 0.70, 0.74), GAP_SEEN, Finding.CAN_TEACH),
-        (mean(0.40, 0.35, 0.45), GAP_SEEN, Finding.TOO_FAR),
+        (mean(0.99, 0.985, 0.995), RATIO_SEEN, Finding.CAN_TEACH),
+        (mean(0.99, 0.985, 0.995), mean(0.4, 0.3, 0.5), Finding.CAN_TEACH),
+        (mean(0.72, 0.70, 0.74), RATIO_SEEN, Finding.CAN_TEACH),
+        (mean(0.40, 0.35, 0.45), RATIO_SEEN, Finding.TOO_FAR),
         # The interval straddles the limit, or too few prompts.
-        (mean(0.50, 0.45, 0.55), GAP_SEEN, Finding.UNCLEAR),
-        (mean(0.72, 0.70, 0.74, prompts=5), GAP_SEEN, Finding.UNCLEAR),
-        (None, GAP_SEEN, Finding.UNCLEAR),
+        (mean(0.50, 0.45, 0.55), RATIO_SEEN, Finding.UNCLEAR),
+        (mean(0.72, 0.70, 0.74, prompts=5), RATIO_SEEN, Finding.UNCLEAR),
+        (None, RATIO_SEEN, Finding.UNCLEAR),
         (None, mean(0.001, -0.002, 0.004), Finding.NOTHING_NEW),
         (None, None, Finding.UNCLEAR),
     ],
 )
-def test_overlap_and_gap_decide(overlap: PromptMean | None, gap: PromptMean | None, finding: Finding) -> None:
-    assert judge_logits(logits(overlap, gap)).finding is finding
+def test_overlap_and_log_ratio_decide(overlap: PromptMean | None, ratio: PromptMean | None, finding: Finding) -> None:
+    assert judge_logits(logits(overlap, ratio)).finding is finding
+
+
+@pytest.mark.parametrize(
+    ("had", "step"),
+    [(mean(0.72, 0.70, 0.74, prompts=5), "--prompts 20 or more"), (mean(0.5, 0.45, 0.55), "--prompts more than 64")],
+)
+def test_an_open_verdict_names_its_limit_and_how_many_prompts(had: PromptMean, step: str) -> None:
+    verdict = judge_logits(logits(had, RATIO_SEEN))
+    assert "(overlap limit 0.5, at least 20 prompts)" in verdict.says
+    assert verdict.next_steps == (f"more prompts: {step}",)
 
 
 def test_a_falling_tail_asks_for_shorter_completions() -> None:
     overlap = mean(0.72, 0.70, 0.74)
-    falling = judge_logits(logits(overlap, GAP_SEEN, (0.8,) * 8 + (0.6, 0.6)))
+    falling = judge_logits(logits(overlap, RATIO_SEEN, (0.8,) * 8 + (0.6, 0.6)))
     assert any("0.80 in the first half to 0.60" in step for step in falling.next_steps)
-    steady = judge_logits(logits(overlap, GAP_SEEN, (0.8,) * 8 + (0.7, 0.7)))
+    steady = judge_logits(logits(overlap, RATIO_SEEN, (0.8,) * 8 + (0.7, 0.7)))
     assert not any("shorter" in step for step in steady.next_steps)
-    short = judge_logits(logits(overlap, GAP_SEEN, (0.8, *(None,) * 9)))
+    short = judge_logits(logits(overlap, RATIO_SEEN, (0.8, *(None,) * 9)))
     assert short.next_steps == ("train",)
 
 

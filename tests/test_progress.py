@@ -92,6 +92,16 @@ def test_what_was_not_measured_is_left_out_and_an_unknown_price_is_not_free() ->
     assert "ETA" not in out.getvalue()
 
 
+def test_rollouts_without_scores_are_told_where_there_are_any() -> None:
+    out = io.StringIO()
+    progress = RunProgress(out)
+    progress.start(2)
+    progress.step({"optim/loss": 4.197, "teacher/unscored/failed": 3, "teacher/unscored/timeout": 2})
+    progress.step({"optim/loss": 4.0})
+    lines = out.getvalue().splitlines()
+    assert lines[0].startswith("step 1/2  loss 4.197  unscored 5") and "unscored" not in lines[1]
+
+
 def test_an_evaluation_is_told_and_kept_in_view() -> None:
     out = io.StringIO()
     progress = RunProgress(out)

@@ -141,6 +141,18 @@ def test_costs_come_from_the_ledger_where_there_is_one(tmp_path: Path) -> None:
     assert costs["answered from the ledger besides"] == "6"
 
 
+def test_rollouts_without_scores_stand_in_the_table(tmp_path: Path) -> None:
+    run = run_fixture.write_run(tmp_path / "r", num_steps=2, audited=False)
+    rows = [json.loads(line) for line in run.metrics.read_text().splitlines()]
+    assert "Rollouts that the teacher did not score" not in dict(map(tuple, page_data(build_report(run.path))["costs"]))
+    rows = [{**row, "rollout/count": 8, "teacher/unscored/failed": 1} for row in rows]
+    rows[1]["teacher/unscored/timeout"] = 2
+    run.metrics.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    costs = dict(map(tuple, page_data(build_report(run.path))["costs"]))
+    # 1 + 1 + 2 of 2 x 8 rollouts.
+    assert costs["Rollouts that the teacher did not score"] == "4 (25.0%): failed 2, timeout 2"
+
+
 def test_an_unfinished_run_says_so(tmp_path: Path) -> None:
     run = run_fixture.write_run(tmp_path / "r", num_steps=3, finished=False)
     with run.metrics.open("a") as file:

@@ -343,6 +343,13 @@ def test_each_route_has_the_teacher_of_its_name() -> None:
         ([TWO], r"routes\.a asks a teacher, but there is no teachers\.a; add it with its spec"),
         ([TWO, "teacher.spec=hf:big"], r"there is no teachers\.a"),
         (
+            [
+                "method.supervision={type: routed, routes: {weights: {}, wieghts: {}}}",
+                "teachers.weights.spec=hf:big",
+            ],
+            r"method\.supervision\.routes\.wieghts: there is no teacher 'wieghts'; did you mean 'weights'\?",
+        ),
+        (
             [TWO, "teachers.a.spec=hf:big", "teachers.bb.spec=hf:c"],
             r"teachers\.bb: there is no route 'bb'; did you mean 'b'\? Allowed: a, b",
         ),

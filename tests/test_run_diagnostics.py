@@ -44,7 +44,11 @@ class Match:
         self, rollouts: Sequence[Rollout], evidence: Sequence[Any], *, teacher: str, k: int
     ) -> list[dict[str, list[float]]]:
         self.calls.append((teacher, k, [r.id for r in rollouts], list(evidence)))
-        return [{"log_ratio": [float(t) for t in range(r.num_tokens)]} for r in rollouts]
+        widths = [of.ids_TK.shape[1] if isinstance(of, TokenScores) and of.ids_TK is not None else k for of in evidence]
+        return [
+            {"log_ratio": [float(t) for t in range(r.num_tokens)], "top_k": [float(min(k, width))] * r.num_tokens}
+            for r, width in zip(rollouts, widths, strict=True)
+        ]
 
 
 def ctx(step: int, num_steps: int = 30) -> StepContext:

@@ -22,7 +22,7 @@ from hypothesis import strategies as st
 
 from omniopd.errors import ConfigError, DataError, OmniOPDError, RunError, TeacherConnectionError
 from omniopd.logits import shards
-from omniopd.logits.score_folder import FolderWriter, Manifest, completion_key
+from omniopd.logits.score_folder import FolderWriter, Manifest, check_stored, completion_key
 from omniopd.logits.scores import Reading, Scored, TokenScores
 from omniopd.logits.stored_scores import StoredScores, WriteCounts, write_scores
 from omniopd.types import Missing
@@ -589,11 +589,16 @@ def test_a_reader_in_another_thread_never_sees_half_a_record(tmp_path: Path) -> 
 def test_a_folder_of_something_else_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"holds no stored scores: it has no manifest.json"):
         StoredScores(tmp_path)
+    with pytest.raises(ConfigError, match=r"there is no folder .*nope"):
+        check_stored(f"scores:{tmp_path / 'nope'}")
+    states = Manifest(kind="states", teacher="t", width=4)
     with (
-        FolderWriter(tmp_path / "states", Manifest(kind="states", teacher="t", width=4)),
-        pytest.raises(ConfigError, match="holds states, expected scores"),
+        FolderWriter(tmp_path / "states", states),
+        pytest.raises(ConfigError, match=r"holds states, expected scores; read it with teacher\.spec=states:.*states"),
     ):
         StoredScores(tmp_path / "states")
+    assert check_stored(f"states:{tmp_path / 'states'}") == states
+    assert check_stored(f"hf:{tmp_path / 'nope'}") is None
 
 
 @pytest.mark.parametrize(

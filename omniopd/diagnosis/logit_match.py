@@ -15,12 +15,12 @@ from omniopd.logits.diagnostics import by_correctness, by_position
 from omniopd.types import Rollout, Value
 
 TENTHS = 10
-GAP = "gap"
-"""log P - log Q of the tokens that the student drew, in nats: estimates KL(student || teacher) at temperature 1."""
+LOG_RATIO = "log_ratio"
+"""log Q - log P of the tokens that the student drew, in nats: minus its mean estimates KL(student || teacher)."""
 OVERLAP = "overlap_ratio"
 SHOWN = (
     OVERLAP,
-    GAP,
+    LOG_RATIO,
     "overlap_advantage",
     "entropy_gap_signed",
     "sampled_outside_top_k",
@@ -55,7 +55,7 @@ class LogitMatchReport(Value):
     """Those that the teacher could read and score."""
     num_tokens: int
     numbers: Mapping[str, LogitMatch]
-    """By the names of `learner.matching.match`, with `gap` for minus its `log_ratio`."""
+    """By the names and signs of `learner.matching.match`, which a run's metrics have, too."""
     missing: Mapping[str, int] = field(default_factory=dict)
     """Rollouts that are no evidence, by reason."""
 
@@ -85,15 +85,12 @@ def summarize_match(
     """
     if len(rollouts) != len(diagnostics):
         raise DataError(f"{len(rollouts)} rollouts with the diagnostics of {len(diagnostics)}")
-    names = dict.fromkeys(name for found in diagnostics for name in found)
+    names = dict.fromkeys(name for found in diagnostics for name in found if name != "top_k")
     numbers = {}
     for name in names:
-        sign = -1.0 if name == "log_ratio" else 1.0
-        values = [
-            _kept(r, found.get(name, ()), masked_ids, sign) for r, found in zip(rollouts, diagnostics, strict=True)
-        ]
+        values = [_kept(r, found.get(name, ()), masked_ids) for r, found in zip(rollouts, diagnostics, strict=True)]
         if (number := _number(rollouts, values)) is not None:
-            numbers[GAP if name == "log_ratio" else name] = number
+            numbers[name] = number
     return LogitMatchReport(
         teacher_id=teacher_id,
         top_k=top_k,
@@ -105,12 +102,11 @@ def summarize_match(
     )
 
 
-def _kept(rollout: Rollout, values: Sequence[float], masked_ids: frozenset[int], sign: float) -> list[float]:
+def _kept(rollout: Rollout, values: Sequence[float], masked_ids: frozenset[int]) -> list[float]:
     if not values:
         return []
     return [
-        math.nan if token_id in masked_ids else sign * value
-        for token_id, value in zip(rollout.token_ids, values, strict=True)
+        math.nan if token_id in masked_ids else value for token_id, value in zip(rollout.token_ids, values, strict=True)
     ]
 
 
@@ -143,9 +139,12 @@ def match_lines(report: LogitMatchReport) -> tuple[str, ...]:
         number = report.numbers[name]
         verdicts = [_figure(number.by_verdict.get(verdict)) for verdict in ("correct", "wrong")]
         lines.append(f"{name:<30} {told_mean(number.mean):>30} {verdicts[0]:>8} {verdicts[1]:>8}")
-    lines.append(f"{GAP}: log P - log Q of the student's own tokens in nats; its mean estimates the reverse KL")
+    lines.append(
+        f"{LOG_RATIO}: teacher minus student on the student's own tokens, in nats; minus its mean estimates the "
+        "reverse KL"
+    )
     lines.append("by tenth of the rollout, from its start:")
-    for name in (OVERLAP, GAP):
+    for name in (OVERLAP, LOG_RATIO):
         if name in report.numbers:
             lines.append(f"{name:<16}" + "".join(f"{_figure(value):>8}" for value in report.numbers[name].tenths))
     return tuple(lines)

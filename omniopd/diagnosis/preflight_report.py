@@ -13,6 +13,8 @@ from omniopd.diagnosis.verdict import Verdict
 from omniopd.progress import format_seconds, format_usd
 from omniopd.types import Usage, Value
 
+NOT_ASKED = "text: --no-text was given, so the teacher was not asked"
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PreflightSettings(Value):
@@ -50,22 +52,21 @@ class TeacherCheck(Value):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PreflightReport(Value):
-    """The whole check."""
+    """The whole check. Without the numbers: of a method that has no teacher, for which nothing was done."""
 
     name: str
     student: str
     settings: PreflightSettings
-    num_prompts: int
+    num_prompts: int = 0
     """Those that were there to be drawn."""
-    num_rollouts: int
-    accuracy: float | None
+    num_rollouts: int = 0
+    accuracy: float | None = None
     """Of the rollouts that have a verdict."""
-    mean_tokens: float
-    truncated: float
+    mean_tokens: float = 0.0
+    truncated: float = 0.0
     """Share of the rollouts that hit the length limit."""
-    teachers: tuple[TeacherCheck, ...]
-    """Empty: the method has none, and nothing was done."""
-    seconds: float
+    teachers: tuple[TeacherCheck, ...] = ()
+    seconds: float = 0.0
 
 
 def describe_preflight(report: PreflightReport) -> str:
@@ -86,7 +87,11 @@ def describe_preflight(report: PreflightReport) -> str:
         lines += [_told_usage(teacher.usage)] if teacher.usage is not None else []
         for verdict in teacher.verdicts:
             lines += verdict.lines()
-    return "\n".join([*lines, "", "All thresholds are ours; the prompts and rollouts are the run's first ones."])
+        if not teacher.verdicts and NOT_ASKED in teacher.left_out:
+            lines.append("next: run it without --no-text")
+    is_judged = any(teacher.verdicts for teacher in report.teachers)
+    last = "All thresholds are ours; the" if is_judged else "The"
+    return "\n".join([*lines, "", f"{last} prompts and rollouts are the run's first ones."])
 
 
 def _told_usage(usage: Usage) -> str:

@@ -159,11 +159,10 @@ class RunDiagnostics:
             rollouts, evidence = await self._evidence(teacher, chosen)
             if not rollouts:
                 return
-            from omniopd.learner.matching import top_size
-
             found = self.match(rollouts, evidence, teacher=name, k=self.settings.top_k)
             known = [_where_it_counts(of, r, teacher.masked_ids) for of, r in zip(found, rollouts, strict=True)]
-            row = {"top_k": top_size(evidence, self.settings.top_k), **summarize_match(known, rollouts)}
+            sizes = [size for of in found for size in of.get("top_k", ())]
+            row = {"top_k": int(min(sizes)) if sizes else None, **summarize_match(known, rollouts)}
         self._row.setdefault("match", {})[name] = row
         prefix = _area("match", name, self.open_teachers)
         self._metrics |= {f"{prefix}/{of}": value for of, value in row["means"].items()}

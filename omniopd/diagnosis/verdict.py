@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from enum import StrEnum
 
 from omniopd.diagnosis.evidence import PromptMean
-from omniopd.diagnosis.logit_match import GAP, OVERLAP, LogitMatchReport, told_mean
+from omniopd.diagnosis.logit_match import LOG_RATIO, OVERLAP, LogitMatchReport, told_mean
 from omniopd.diagnosis.prefix_probe import PrefixPoint, PrefixReport
 from omniopd.diagnosis.prefix_summary import FEW_PROMPTS, NO_ROOM, WORTH
 from omniopd.diagnosis.text_match import TextMatchReport
@@ -18,8 +18,9 @@ from omniopd.types import Value
 LOW_OVERLAP = 0.5
 """Below it teacher and student consider different tokens. Runs that went well began near 0.72 (arXiv 2604.13016)."""
 SAME_OVERLAP = 0.98
-SAME_GAP = 0.01
-"""Nats a token. Above that overlap and below this gap the two are one model, as far as training could tell."""
+SAME_LOG_RATIO = 0.01
+"""Nats a token. Above that overlap and with a log-ratio so near to 0 the two are one model, as far as training could
+tell."""
 TAIL_DROP = 0.15
 """A last fifth whose overlap lies so far below that of the first half is a tail to cut off."""
 FAR_TEXT = 0.5
@@ -67,37 +68,45 @@ def _verdict(finding: Finding, says: str, *next_steps: str) -> Verdict:
     return Verdict(finding=finding, says=says, next_steps=next_steps)
 
 
+def _more_prompts(num_prompts: int) -> str:
+    """Say how many to ask for, given how many there was evidence of."""
+    wanted = f"{FEW_PROMPTS} or more" if num_prompts < FEW_PROMPTS else f"more than {num_prompts}"
+    return f"more prompts: --prompts {wanted}"
+
+
 def judge_logits(report: LogitMatchReport) -> Verdict:
     """Judge what the distributions tell. An interval that straddles a threshold decides nothing."""
-    gap, overlap = report.numbers.get(GAP), report.numbers.get(OVERLAP)
-    if gap is None:
+    ratio, overlap = report.numbers.get(LOG_RATIO), report.numbers.get(OVERLAP)
+    if ratio is None:
         return _verdict(Finding.UNCLEAR, "no rollout could be compared; see what is missing", MORE_PROMPTS)
-    is_near = _low(gap.mean) > -SAME_GAP and _high(gap.mean) < SAME_GAP
+    is_near = _low(ratio.mean) > -SAME_LOG_RATIO and _high(ratio.mean) < SAME_LOG_RATIO
+    told = f"log-ratio (teacher minus student) {told_mean(ratio.mean)} nats a token"
     if overlap is None:
         if is_near:
             return _verdict(
                 Finding.NOTHING_NEW,
-                f"nothing new to teach: the gap is {told_mean(gap.mean)} nats a token (same below {SAME_GAP:g})",
+                f"nothing new to teach: {told} (the same model within {SAME_LOG_RATIO:g} of 0)",
                 HARDER,
             )
         return _verdict(
             Finding.UNCLEAR,
-            f"the gap is {told_mean(gap.mean)} nats a token, so the two differ; whether they consider the same tokens "
-            "cannot be told from what this teacher gives",
-            "a few steps of training, and see whether the gap falls",
+            f"{told}, so the two differ; whether they consider the same tokens cannot be told from what this teacher "
+            "gives",
+            "a few steps of training, and see whether the log-ratio nears 0",
         )
-    told = f"overlap {told_mean(overlap.mean)}, gap {told_mean(gap.mean)} nats a token"
+    told = f"overlap {told_mean(overlap.mean)}, {told}"
     if is_near and _low(overlap.mean) >= SAME_OVERLAP:
         return _verdict(
             Finding.NOTHING_NEW,
-            f"nothing new to teach: {told} (the same model from overlap {SAME_OVERLAP:g} and below gap {SAME_GAP:g})",
+            f"nothing new to teach: {told} (the same model from overlap {SAME_OVERLAP:g} and within "
+            f"{SAME_LOG_RATIO:g} of 0)",
             "another teacher: this one already agrees with the student",
         )
     if _high(overlap.mean) < LOW_OVERLAP:
         return _verdict(
             Finding.TOO_FAR,
-            f"too far apart: {told} (limit {LOW_OVERLAP:g}); the teacher would correct tokens that the student does "
-            "not consider",
+            f"too far apart: {told} (overlap limit {LOW_OVERLAP:g}); the teacher would correct tokens that the student "
+            "does not consider",
             COLD_START,
             ALIGNED_PROMPTS,
             "another teacher: a closer relative of the student",
@@ -106,14 +115,14 @@ def judge_logits(report: LogitMatchReport) -> Verdict:
     if _low(overlap.mean) < LOW_OVERLAP or overlap.mean.num_prompts < FEW_PROMPTS:
         return _verdict(
             Finding.UNCLEAR,
-            f"undecided between close enough and too far: {told} over {overlap.mean.num_prompts} prompts (limit "
-            f"{LOW_OVERLAP:g}, {FEW_PROMPTS} prompts at the least)",
-            MORE_PROMPTS,
+            f"undecided between close enough and too far: {told} over {overlap.mean.num_prompts} prompts (overlap "
+            f"limit {LOW_OVERLAP:g}, at least {FEW_PROMPTS} prompts)",
+            _more_prompts(overlap.mean.num_prompts),
         )
     return _verdict(
         Finding.CAN_TEACH,
-        f"close enough to teach, and there is something to learn: {told} (limit {LOW_OVERLAP:g}). Whether the teacher "
-        "is right more often is not looked at here",
+        f"close enough to teach, and there is something to learn: {told} (overlap limit {LOW_OVERLAP:g}). Whether "
+        "the teacher is right more often is not looked at here",
         GO,
         *tail,
     )
@@ -141,8 +150,8 @@ def judge_text(prefix: PrefixReport | None, text: TextMatchReport | None, *, wor
     points = [p for p in prefix.points if p.advantage is not None and p.advantage.low is not None]
     if not points:
         return _verdict(Finding.UNCLEAR, "no prefix has usable answers for two prompts or more", MORE_PROMPTS)
-    few = min(_prompts(p) for p in points) < FEW_PROMPTS
-    hint = (f"{MORE_PROMPTS}; with fewer than {FEW_PROMPTS} this is a hint",) if few else ()
+    more = _more_prompts(fewest := min(_prompts(p) for p in points))
+    hint = (f"{more}; with fewer this is a hint",) if fewest < FEW_PROMPTS else ()
     helping = [p for p in points if _advantage_low(p) > 0]
     if any(not is_empty_prefix(p) for p in helping):
         return _verdict(
@@ -162,7 +171,7 @@ def judge_text(prefix: PrefixReport | None, text: TextMatchReport | None, *, wor
             COLD_START,
             ALIGNED_PROMPTS,
             SHORTER,
-            *(hint if ruled_out else (MORE_PROMPTS,)),
+            *(hint if ruled_out else (more,)),
         )
     first = points[0]
     if closeness.is_same or (first.student is not None and first.student.value >= NO_ROOM):
@@ -184,7 +193,7 @@ def judge_text(prefix: PrefixReport | None, text: TextMatchReport | None, *, wor
     return _verdict(
         Finding.UNCLEAR,
         f"no advantage is shown, and {worth:g} is not ruled out ({_told(points)}){closeness.note}",
-        MORE_PROMPTS,
+        more,
         ANOTHER,
     )
 

@@ -32,6 +32,13 @@ Evidence = Reading | Read | TokenScores
 """How a teacher with weights here reads the completion (`Read`: in its own tokens), or what another one said of it."""
 Compare = Callable[[Tensor, slice], dict[str, Tensor]]
 """(log P [N, V], which tokens) -> diagnostics [N]."""
+SMALLEST_SHARE = 8
+"""The top sets hold at most 1 / 8 of the vocabulary; sets of most of a small one always overlap."""
+
+
+def top_set_size(k: int, vocabulary: int) -> int:
+    """Return how many tokens a top set of k holds with so small a vocabulary, at least one."""
+    return min(k, max(1, vocabulary // SMALLEST_SHARE))
 
 
 @torch.no_grad()
@@ -50,13 +57,14 @@ def match(
     Always `log_ratio`: log Q(y_t) - log P(y_t) in nats, a share of its group's where the tokenizers differ. Beside it,
     where both whole distributions are at hand, all of `match_diagnostics` and `sampled_outside_top_k` (1 where y_t is
     not among the teacher's k likeliest). A record of the teacher's likeliest tokens tells all but the entropies and the
-    teacher's mass on the student's set; one of the student's candidates tells the two masses on these.
+    teacher's mass on the student's set; one of the student's candidates tells the two masses on these. Where sets are
+    compared, `top_k` is their size.
 
     Args:
         states: the student's hidden states [T, H] that predict each rollout's tokens.
         teacher: what computes distributions; None where the evidence holds records only.
         evidence: one for each rollout. Requested tokens are taken for the student's candidates, the likeliest first.
-        k: size of the top sets; a record of fewer tokens is compared at its own size, see `top_size`.
+        k: size of the top sets, less for a small vocabulary (`top_set_size`) and for a record of fewer tokens.
         slice_tokens: tokens whose distributions are in memory at once.
 
     Raises LearnerError for evidence of another completion, or that needs a teacher with weights here.
@@ -68,6 +76,7 @@ def match(
         raise LearnerError(
             f"rollout {rollouts[min(readings)].id}: its evidence says how a teacher reads it, and no teacher is there"
         )
+    k = top_set_size(k, vocabulary_of(policy))
     taught = teacher.states(list(readings.values())) if teacher is not None and readings else []
     teacher_states = dict(zip(readings, taught, strict=True))
     found = []
@@ -84,12 +93,6 @@ def match(
             compare = _live(teacher, teacher_states[place], rollout, policy, k)
         found.append(_by_slice(policy, states_TH, compare, slice_tokens))
     return found
-
-
-def top_size(evidence: Sequence[Evidence], k: int) -> int:
-    """Return the size of the top sets that `match` can compare: k, or what the narrowest record names."""
-    widths: list[int] = [of.ids_TK.shape[1] for of in evidence if isinstance(of, TokenScores) and of.ids_TK is not None]
-    return min([k, *widths])
 
 
 def _reading_of(of: Evidence, rollout: Rollout) -> Reading | None:
@@ -163,6 +166,7 @@ def _recorded(scores: TokenScores, rollout: Rollout, policy: Policy, k: int) -> 
         named_ids_NK, named_NK = named_ids_NK[:, :size], named_NK[:, :size]
         if scores.known == "requested":
             masses = {
+                "top_k": _size_of_each(student_NV, size),
                 "student_mass_on_student_top_k": student_NV.gather(-1, named_ids_NK).exp().sum(-1),
                 "teacher_mass_on_student_top_k": named_NK.exp().sum(-1),
             }
@@ -177,6 +181,7 @@ def _whole(student_NV: Tensor, teacher_NV: Tensor, ids_N: Tensor, k: int) -> dic
     own_N = _at(teacher_NV, ids_N)
     return {
         "log_ratio": own_N - _at(student_NV, ids_N),
+        "top_k": _size_of_each(student_NV, size),
         "sampled_outside_top_k": ((teacher_NV > own_N[:, None]).sum(-1) >= size).to(student_NV.dtype),
         **match_diagnostics(student_NV, teacher_NV, k=size),
     }
@@ -199,6 +204,7 @@ def _top_k(student_NV: Tensor, ids_N: Tensor, teacher_ids_Nk: Tensor, teacher_Nk
     # A mean over the positions where S lies within U would be one of the easy positions.
     del masses["teacher_mass_on_student_top_k"]
     return {
+        "top_k": _size_of_each(student_NV, teacher_ids_Nk.shape[-1]),
         "sampled_outside_top_k": (~(teacher_ids_Nk == ids_N[:, None]).any(-1)).to(student_NV.dtype),
         "overlap_ratio": overlap_ratio(top),
         "overlap_advantage": overlap_advantage(top),
@@ -234,6 +240,10 @@ def _grouped(
             value if weight else math.nan for value, weight in zip(grouped.advantages, grouped.weights, strict=True)
         ]
     }
+
+
+def _size_of_each(student_NV: Tensor, size: int) -> Tensor:
+    return student_NV.new_full((len(student_NV),), size)
 
 
 def _ids(rollout: Rollout, policy: Policy) -> Tensor:

@@ -69,6 +69,8 @@ class Manifest:
     def read(cls, folder: Path) -> Manifest:
         """Read the manifest of a folder. Raises ConfigError where there is none, DataError for another format."""
         path = folder / MANIFEST
+        if not folder.is_dir():
+            raise ConfigError(f"there is no folder {folder}; write it with `{WRITE_COMMAND}`, or correct its name")
         if not path.is_file():
             raise ConfigError(
                 f"{folder} holds no stored scores: it has no {MANIFEST}; make them with `{WRITE_COMMAND}`"
@@ -86,6 +88,8 @@ class Manifest:
 
     def check_same(self, wanted: Manifest, folder: Path) -> None:
         """Raise ConfigError when another thing is to be written than is there, naming both values."""
+        if self.kind != wanted.kind:
+            raise ConfigError(f"{folder} holds {self.kind}, asked for {wanted.kind}; give another folder (--out)")
         names = [f.name for f in fields(self) if getattr(self, f.name) != getattr(wanted, f.name)]
         if names:
             told = "; ".join(f"{name} {getattr(self, name)!r}, asked for {getattr(wanted, name)!r}" for name in names)
@@ -94,12 +98,28 @@ class Manifest:
     def expect(self, kind: str, identity: str | None, folder: Path) -> None:
         """Raise ConfigError when a reader needs another kind, or the weights of another teacher."""
         if self.kind != kind:
-            raise ConfigError(f"{folder} holds {self.kind}, expected {kind}; give the folder of the {kind}")
+            raise ConfigError(
+                f"{folder} holds {self.kind}, expected {kind}; read it with teacher.spec={self.kind}:{folder}, or give "
+                f"the folder of the {kind}"
+            )
         if identity is not None and identity != self.identity:
             raise ConfigError(
                 f"{folder} is of {self.teacher} with identity {self.identity!r}, expected {identity!r}; "
                 "write the folder anew, or point to the teacher that wrote it"
             )
+
+
+def check_stored(spec: str) -> Manifest | None:
+    """Return what the folder of `scores:FOLDER` or `states:FOLDER` holds; None for any other teacher. Reads one file.
+
+    Raises ConfigError for a folder that is not there or of something else, DataError for a manifest of another format.
+    """
+    kind, _, name = spec.partition(":")
+    if kind not in ("scores", "states"):
+        return None
+    manifest = Manifest.read(Path(name))
+    manifest.expect(kind, None, Path(name))
+    return manifest
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

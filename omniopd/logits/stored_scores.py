@@ -59,6 +59,9 @@ class StoredScores:
         """Return how many completions were there when last looked."""
         return len(self._reader)
 
+    def __contains__(self, reading: Reading) -> bool:
+        return not reading.token_ids or self._reader.find(completion_key(reading)) is not None
+
     @property
     def id(self) -> str:
         """That of the teacher that was written down."""

@@ -18,10 +18,12 @@ import asyncio
 import json
 import re
 import secrets
+import shlex
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
+from urllib.parse import urlsplit
 
 import numpy as np
 
@@ -315,9 +317,18 @@ class VllmScores:
         if fault.kind is FaultKind.UNREACHABLE and not self._was_reached:
             return TeacherConnectionError(
                 f"{self._place} cannot be reached after {fault.attempts} attempts {said}; start it with: "
-                f"python -m vllm.entrypoints.openai.api_server --model MODEL --max-logprobs {max(ask.width, 20)}"
+                f"{self._command(ask)}"
             )
         return None
+
+    def _command(self, ask: Ask) -> str:
+        """Return what starts a server that answers at this address and gives so many log-probs."""
+        widths = (ask.width, self._search_top)
+        most = WHOLE_VOCABULARY if WHOLE_VOCABULARY in widths else max(*widths, DEFAULT_MAX_LOGPROBS)
+        address = urlsplit(self._base_url)
+        port = address.port or (443 if address.scheme == "https" else 80)
+        scale_out = " --enable-scale-out" if self._requested_by == "ids" else ""
+        return f"vllm serve {shlex.quote(self._model)} --port {port} --max-logprobs {most}{scale_out}"
 
 
 def open_vllm_scores(spec: str, **settings: Any) -> VllmScores:

@@ -259,11 +259,14 @@ def _columns(rows: Sequence[Mapping[str, Any]]) -> dict[str, list[float | None]]
 def _costs(rows: Sequence[Mapping[str, Any]], spent: Usage) -> list[tuple[str, str]]:
     """The table of what the run took, as (what, how much)."""
     reasons: Counter[str] = Counter()
+    unscored: Counter[str] = Counter()
     phases: Counter[str] = Counter()
     for row in rows:
         for name, value in row.items():
             if name.startswith("teacher/missing/"):
                 reasons[name.removeprefix("teacher/missing/")] += value
+            if name.startswith("teacher/unscored/"):
+                unscored[name.removeprefix("teacher/unscored/")] += value or 0
             if name.startswith("time/") and value is not None:
                 phases[name.removeprefix("time/").removesuffix("_s")] += value
     asked = sum(row.get("teacher/continuations") or 0 for row in rows)
@@ -282,12 +285,18 @@ def _costs(rows: Sequence[Mapping[str, Any]], spent: Usage) -> list[tuple[str, s
             table.append(("per 1,000 rollouts", format_usd(1000 * spent.cost_usd / num_rollouts)))
     table.append(("Continuations asked for", f"{asked:,}"))
     if asked:
-        why = ", ".join(f"{reason} {count:,}" for reason, count in reasons.most_common())
-        table.append(("without usable text", f"{missing:,} ({_percent(missing / asked)}){': ' + why if why else ''}"))
+        table.append(("without usable text", _lost(missing, asked, reasons)))
+    if unscored and num_rollouts:
+        table.append(("Rollouts that the teacher did not score", _lost(unscored.total(), num_rollouts, unscored)))
     table += [(f"Time: {phase}", format_seconds(seconds)) for phase, seconds in phases.items() if phase != "step"]
     if "step" in phases:
         table.append(("Time: all steps", format_seconds(phases["step"])))
     return table
+
+
+def _lost(count: int, of: int, reasons: Counter[str]) -> str:
+    why = ", ".join(f"{reason} {number:,}" for reason, number in reasons.most_common())
+    return f"{count:,} ({_percent(count / of)}){': ' + why if why else ''}"
 
 
 def _expected(folder: RunFolder, rows: Sequence[Mapping[str, Any]]) -> list[tuple[str, str]]:
