@@ -17,13 +17,11 @@ from omniopd.data import Dataset, Row, load_rows
 from omniopd.errors import ConfigError
 from omniopd.estimate import chunk_shape
 from omniopd.inputs import check_routes, check_teachers
-from omniopd.logit_teachers import WHOLE_VOCABULARY, evidence_of, wanted_of
-from omniopd.logits.prompt_check import prompt_check
-from omniopd.logits.reading import special_ids
+from omniopd.logit_teachers import check_top_k, compare_prompts, evidence_of, most_named, wanted_of
 from omniopd.logits.score_folder import check_stored
 from omniopd.method import Method, Role, build_method, describe_part
 from omniopd.method_checks import access_of
-from omniopd.method_settings import ChunkedSettings, LogprobSettings
+from omniopd.method_settings import ChunkedSettings
 from omniopd.models import load_tokenizer, read_chat_template, resolve_model
 from omniopd.prompts import build_sampler
 from omniopd.run_folder import RunFolder
@@ -124,20 +122,8 @@ def _check_distributions(config: RunConfig, method: Method, tokenizer: PreTraine
             if tokenizer is None and evidence.kind == "whole":
                 continue  # Nobody here knows how many tokens that would be.
             vocabulary = evidence.k if tokenizer is None else len(tokenizer)
-        most = role.teacher.scoring.max_logprobs if manifest is None else manifest.top_k or 0
-        if most == WHOLE_VOCABULARY:
-            most = vocabulary
-        wanted = wanted_of(evidence, role.teacher, vocabulary, most=most).top_k
-        if wanted > most:
-            more = (
-                f"start the server with --max-logprobs {wanted} and set {role.label}.scoring.max_logprobs"
-                if manifest is None
-                else f"write another folder with --top-k {wanted}"
-            )
-            raise ConfigError(
-                f"learner.losses.kl reads {wanted:,} tokens of the teacher at each position, but {spec!r} names "
-                f"{most:,}; {more}, or use a top-k loss with a k of at most {most:,}"
-            )
+        most = most_named(role.teacher, manifest, vocabulary)
+        check_top_k(wanted_of(evidence, role.teacher, vocabulary, most=most), most, role, access)
 
 
 def _read_data(config: RunConfig) -> Dataset | None:
@@ -230,24 +216,14 @@ def _describe_prompts(
 
 def _compared(role: Role, prompt: Prompt, ours: PreTrainedTokenizerBase) -> str:
     """Compare a question as the student and an open-weight teacher read it, where the teacher's tokenizer is here."""
-    settings, teacher = role.method.supervision, role.teacher
-    assert isinstance(settings, LogprobSettings)
+    teacher = role.teacher
     name = teacher.tokenizer or (teacher.spec.partition(":")[2] if teacher.spec.startswith("hf:") else None)
     if name is None:
         return f"{role.label}.tokenizer is not set, so nothing can be compared here"
     theirs = find_tokenizer(name)
     if theirs is None:
         return f"the tokenizer of {name} is not on this machine; the run compares before it spends anything"
-    is_foreign = settings.alignment == "groups"
-    check = prompt_check(
-        prompt,
-        ours,
-        theirs,
-        prompt_format="teacher" if is_foreign else teacher.chat_format,
-        is_foreign=is_foreign,
-        masked_ids=special_ids(ours, settings.mask_tokens),
-    )
-    return "\n".join(check.lines())
+    return "\n".join(compare_prompts(role, prompt, ours, theirs).lines())
 
 
 def _teacher_prompt(config: RunConfig, method: Method, messages: Sequence[Message]) -> list[str]:

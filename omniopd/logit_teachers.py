@@ -10,16 +10,15 @@ from typing import TYPE_CHECKING
 
 from omniopd.config import RunConfig, ScoringConfig, TeacherConfig
 from omniopd.errors import ConfigError
-from omniopd.logits.prompt_check import prompt_check
+from omniopd.logits.prompt_check import PromptCheck, prompt_check
 from omniopd.logits.reading import (
     ForeignVocabulary,
-    PromptFormat,
     Reader,
     SameVocabulary,
     WithinContext,
     special_ids,
 )
-from omniopd.logits.score_folder import check_stored
+from omniopd.logits.score_folder import Manifest, check_stored
 from omniopd.logits.scores import Reading, SequenceTeacher
 from omniopd.logits.shards import WRITE_COMMAND
 from omniopd.method import Role
@@ -86,7 +85,8 @@ def open_logit_teacher(
     tokenizer = _teacher_tokenizer(role, access, name)
     reader = _reader(role, policy.tokenizer, tokenizer, end_ids)
     if tokenizer is not None:
-        _compare_prompts(role, prompts[0], policy.tokenizer, tokenizer, end_ids, masked, say)
+        check = compare_prompts(role, prompts[0], policy.tokenizer, tokenizer, end_ids=end_ids)
+        _refuse_other_text(role, check, say)
     scorer: SequenceTeacher | None
     model: TeacherModel | None = None
     vocabulary = policy.model.config.get_text_config().vocab_size
@@ -111,15 +111,15 @@ def open_logit_teacher(
         from omniopd.logits.stored_scores import StoredScores
 
         scorer = StoredScores(name)
-        most = scorer.manifest.top_k or 0
+        most = most_named(teacher, scorer.manifest, vocabulary)
     else:
         assert tokenizer is not None
         scorer = _open_server(teacher, vocabulary, samples_of(prompts, tokenizer), say)
-        most = vocabulary if teacher.scoring.max_logprobs == WHOLE_VOCABULARY else teacher.scoring.max_logprobs
+        most = most_named(teacher, None, vocabulary)
     wanted = None
     if feeds_learner and model is None and role.method.uses_divergence:
         wanted = wanted_of(evidence_of(config), teacher, vocabulary, most=most)
-        _check_top_k(wanted, most, role, access)
+        check_top_k(wanted, most, role, access)
     return LogitTeacher(reader=reader, scorer=scorer, model=model, wanted=wanted, masked_ids=masked)
 
 
@@ -179,22 +179,17 @@ def check_coverage(
 
 def load_weights(config: RunConfig, teacher: TeacherConfig, name: str, offload_folder: Path) -> LanguageModel:
     """Load an open-weight teacher into this process. Raises ConfigError and MissingExtraError."""
-    from omniopd.learner.policy import LanguageModel
-    from omniopd.logits.loading import load_frozen_model
-    from omniopd.models import pick_device, pick_dtype, resolve_model
+    from omniopd.learner.policy import load_frozen
 
     settings = teacher.weights
-    device = settings.device or config.student.device
-    dtype = settings.dtype or config.student.dtype
-    model = load_frozen_model(
-        resolve_model(name),
-        device=device,
-        dtype=dtype,
+    return load_frozen(
+        name,
+        device=settings.device or config.student.device,
+        dtype=settings.dtype or config.student.dtype,
         offload=settings.offload,
         quantization=settings.quantization,
         offload_folder=offload_folder,
     )
-    return LanguageModel(model, compute_dtype=pick_dtype(dtype, pick_device(device)))
 
 
 def samples_of(prompts: Sequence[Prompt], tokenizer: PreTrainedTokenizerBase) -> list[Reading]:
@@ -230,7 +225,15 @@ def wanted_of(evidence: Evidence, teacher: TeacherConfig, vocabulary: int, *, mo
     return Wanted(top_k=vocabulary)
 
 
-def _check_top_k(wanted: Wanted, most: int, role: Role, access: Access) -> None:
+def most_named(teacher: TeacherConfig, manifest: Manifest | None, vocabulary: int) -> int:
+    """Return how many tokens a folder (`manifest`), or else a server, names at each position at most."""
+    if manifest is not None:
+        return manifest.top_k or 0
+    most = teacher.scoring.max_logprobs
+    return vocabulary if most == WHOLE_VOCABULARY else most
+
+
+def check_top_k(wanted: Wanted, most: int, role: Role, access: Access) -> None:
     """Raise ConfigError where the loss reads more tokens at a position than the teacher names."""
     if wanted.top_k <= most:
         return
@@ -300,29 +303,35 @@ def _reader(
     return SameVocabulary(role.teacher.chat_format, theirs)
 
 
-def _compare_prompts(
+def compare_prompts(
     role: Role,
     prompt: Prompt,
     ours: PreTrainedTokenizerBase,
     theirs: PreTrainedTokenizerBase,
-    end_ids: Collection[int],
-    masked_ids: Collection[int],
-    say: Callable[[str], None],
-) -> None:
-    """Show a question as both sides read it. Raises ConfigError for what makes the teacher judge something else."""
+    *,
+    end_ids: Collection[int] | None = None,
+) -> PromptCheck:
+    """Compare a question as the student and as the open-weight teacher of a role read it.
+
+    Args:
+        end_ids: what ends a completion of the student; None: its tokenizer's end token.
+    """
     settings = role.method.supervision
     assert isinstance(settings, LogprobSettings)
     is_foreign = settings.alignment == "groups"
-    prompt_format: PromptFormat = "teacher" if is_foreign else role.teacher.chat_format
-    check = prompt_check(
+    return prompt_check(
         prompt,
         ours,
         theirs,
-        prompt_format=prompt_format,
+        prompt_format="teacher" if is_foreign else role.teacher.chat_format,
         is_foreign=is_foreign,
         student_end_ids=end_ids,
-        masked_ids=masked_ids,
+        masked_ids=special_ids(ours, settings.mask_tokens),
     )
+
+
+def _refuse_other_text(role: Role, check: PromptCheck, say: Callable[[str], None]) -> None:
+    """Show a question as both sides read it. Raises ConfigError for what makes the teacher judge something else."""
     for line in check.lines():
         say(f"{role.label}: {line}")
     if check.errors:

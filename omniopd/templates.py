@@ -114,7 +114,7 @@ def build_prompts(
     for row in dataset.rows:
         messages = apply_prompt_options(row.messages, prompt_template=prompt_template, system_prompt=system_prompt)
         text = render_prompt(tokenizer, messages, chat_template=chat_template)
-        token_ids = _tokenize(tokenizer, text, rendered=_has_template(tokenizer, chat_template))
+        token_ids = tokenize_prompt(tokenizer, text, rendered=_has_template(tokenizer, chat_template))
         if not token_ids:
             raise DataError(f"{row.source}: the prompt has no tokens in the student's vocabulary, its text is {text!r}")
         digest = _content_hash(messages)
@@ -168,7 +168,7 @@ def _has_template(tokenizer: PreTrainedTokenizerBase, chat_template: str | None)
     return chat_template is not None or getattr(tokenizer, "chat_template", None) is not None
 
 
-def _tokenize(tokenizer: PreTrainedTokenizerBase, text: str, *, rendered: bool) -> tuple[int, ...]:
+def tokenize_prompt(tokenizer: PreTrainedTokenizerBase, text: str, *, rendered: bool) -> tuple[int, ...]:
     """Tokenise a prompt: a chat template writes the special tokens itself, plain text gets the tokenizer's own."""
     token_ids: list[int] = tokenizer(text, add_special_tokens=not rendered)["input_ids"]
     # Some tokenizers (T5, a few fine-tunes) close plain text with the end token, which nothing can follow.

@@ -37,7 +37,7 @@ LAYERS: tuple[frozenset[str], ...] = (
             "verify",
         }
     ),
-    frozenset({"generation", "method_settings", "responses", "serving.batcher"}),
+    frozenset({"generation", "method_settings", "responses", "serving.batcher", "templates"}),
     frozenset({"logits"}),
     frozenset(
         {
@@ -47,7 +47,6 @@ LAYERS: tuple[frozenset[str], ...] = (
             "signals",
             "supervision.base",
             "teachers",
-            "templates",
             "trackers",
         }
     ),

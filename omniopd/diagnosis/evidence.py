@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from omniopd.bootstrap import mean_interval
 from omniopd.errors import ConfigError, TeacherResponseError
 from omniopd.teachers.base import ContinuationRequest, Teacher, TeacherAnswer
-from omniopd.types import Author, Continuation, FinishReason, Rollout, Value
+from omniopd.types import Author, FinishReason, Rollout, Value
 
 Progress = Callable[[int, int], None]
 """(requests answered, requests in all)"""
@@ -121,16 +121,3 @@ def require_positive(**settings: int) -> None:
     for name, value in settings.items():
         if value < 1:
             raise ConfigError(f"{name} is {value}; expected 1 or more")
-
-
-def rejoin(continuation: Continuation, following: str) -> str:
-    """Return the continuation with the whitespace that an asked chat model loses at the joint, as the student has it.
-
-    Args:
-        continuation: A usable one.
-        following: What the student wrote after the prefix.
-    """
-    text = continuation.text or ""
-    if continuation.is_exact or text[:1].isspace():
-        return text
-    return following[: len(following) - len(following.lstrip())] + text

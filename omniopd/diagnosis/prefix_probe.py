@@ -38,10 +38,10 @@ from omniopd.diagnosis.evidence import (
     is_students_own,
     mean_over_prompts,
     num_text_tokens,
-    rejoin,
     require_positive,
 )
 from omniopd.errors import ConfigError, DataError
+from omniopd.signals.credit import rejoin
 from omniopd.supervision.chunked import request_seed
 from omniopd.teachers.base import ContinuationRequest, Teacher, TeacherAnswer
 from omniopd.types import FinishReason, Missing, Rollout, Usage, Value

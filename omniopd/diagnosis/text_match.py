@@ -24,12 +24,12 @@ from omniopd.diagnosis.evidence import (
     is_students_own,
     mean_over_prompts,
     num_text_tokens,
-    rejoin,
     require_positive,
 )
 from omniopd.errors import DataError, RolloutError
 from omniopd.logits.diagnostics import text_overlap
 from omniopd.scoring.similarity import Similarity
+from omniopd.signals.credit import rejoin
 from omniopd.supervision.chunked import request_seed
 from omniopd.teachers.base import ContinuationRequest, Teacher
 from omniopd.types import Continuation, Rollout, Usage, Value

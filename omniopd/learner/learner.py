@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ from torch import Tensor
 
 from omniopd.config import LearnerConfig
 from omniopd.errors import ConfigError, LearnerError, NonFiniteLossError
+from omniopd.kernels.chunked import slices
 from omniopd.learner.batch import MicroBatch, Normalizer, pack, pad_rollouts
 from omniopd.learner.foreign import accumulate_groups
 from omniopd.learner.fused import can_fuse, fused_loss, fused_score
@@ -128,54 +130,29 @@ class Learner:
     @torch.no_grad()
     def score(self, rollouts: Sequence[Rollout]) -> list[tuple[tuple[float, ...], tuple[float, ...]]]:
         """Return for each rollout its logprobs [T] and full-vocabulary entropies [T], exact, at temperature 1."""
-        was_training = self.policy.model.training
-        self.policy.model.eval()
-        results: list[tuple[tuple[float, ...], tuple[float, ...]]] = []
-        size = self._config.micro_batch_size
-        for start in range(0, len(rollouts), size):
-            part = rollouts[start : start + size]
-            results.extend(self._score(part))
-        self.policy.model.train(was_training)
-        return results
+        with self._evaluating():
+            return [score for part in self._parts(len(rollouts)) for score in self._score(rollouts[part])]
 
     @torch.no_grad()
     def candidates(self, rollouts: Sequence[Rollout], k: int) -> list[tuple[Ids, Floats]]:
         """Return the student's k likeliest tokens [T, k], the likeliest first, and their logprobs [T, k] for each."""
-        was_training = self.policy.model.training
-        self.policy.model.eval()
-        found: list[tuple[Ids, Floats]] = []
-        size = self._config.micro_batch_size
-        for start in range(0, len(rollouts), size):
-            part = rollouts[start : start + size]
-            for states_TH in self._states(part):
-                with self.policy.autocast():
-                    tops = [
-                        self.policy.logprobs(states_TH[first : first + self._config.logits_slice_tokens]).topk(
-                            min(k, self._vocabulary), -1
-                        )
-                        for first in range(0, len(states_TH), self._config.logits_slice_tokens)
-                    ]
-                ids, values = (torch.cat([getattr(top, name) for top in tops]).cpu() for name in ("indices", "values"))
-                found.append((ids.numpy(), values.numpy()))
-        self.policy.model.train(was_training)
-        return found
+        with self._evaluating():
+            parts = self._parts(len(rollouts))
+            return [self._likeliest(states_TH, k) for part in parts for states_TH in self._states(rollouts[part])]
 
     @torch.no_grad()
     def match(
         self, rollouts: Sequence[Rollout], evidence: Sequence[Evidence], *, teacher: str, k: int
     ) -> list[TokenDiagnostics]:
         """Compare the student with a teacher at every token, see `matching.match`. Leaves no trace in the training."""
-        was_training = self.policy.model.training
-        self.policy.model.eval()
         found: list[TokenDiagnostics] = []
-        size = self._config.micro_batch_size
         # Several tables [N, V] exist at once, where a fused step has none.
         slice_tokens = max(1, self._config.logits_slice_tokens // 4)
-        for start in range(0, len(rollouts), size):
-            part, of = rollouts[start : start + size], evidence[start : start + size]
-            model = self._teachers.get(teacher)
-            found += match(self.policy, self._states(part), part, model, of, k=k, slice_tokens=slice_tokens)
-        self.policy.model.train(was_training)
+        model = self._teachers.get(teacher)
+        with self._evaluating():
+            for part in self._parts(len(rollouts)):
+                of = rollouts[part]
+                found += match(self.policy, self._states(of), of, model, evidence[part], k=k, slice_tokens=slice_tokens)
         return found
 
     def state_dict(self) -> dict[str, Any]:
@@ -319,6 +296,27 @@ class Learner:
         if reference.is_whole:
             return {"reference_logprobs_NV": reference.whole(rows, self._vocabulary)}
         return {"known": reference.known(rows)}
+
+    @contextmanager
+    def _evaluating(self) -> Iterator[None]:
+        """Read with the model as it is sampled from, and leave its mode as it was."""
+        was_training = self.policy.model.training
+        self.policy.model.eval()
+        yield
+        self.policy.model.train(was_training)
+
+    def _parts(self, total: int) -> Iterator[slice]:
+        """Cover so many rollouts, a micro-batch at a time."""
+        return slices(0, total, self._config.micro_batch_size)
+
+    def _likeliest(self, states_TH: Tensor, k: int) -> tuple[Ids, Floats]:
+        with self.policy.autocast():
+            tops = [
+                self.policy.logprobs(states_TH[part]).topk(min(k, self._vocabulary), -1)
+                for part in slices(0, len(states_TH), self._config.logits_slice_tokens)
+            ]
+        ids, values = (torch.cat([getattr(top, name) for top in tops]).cpu() for name in ("indices", "values"))
+        return ids.numpy(), values.numpy()
 
     def _score(self, rollouts: Sequence[Rollout]) -> list[tuple[tuple[float, ...], tuple[float, ...]]]:
         """Return the student's logprobs and entropies."""

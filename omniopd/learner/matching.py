@@ -18,7 +18,7 @@ from torch import Tensor
 from omniopd.errors import LearnerError
 from omniopd.learner.policy import Policy
 from omniopd.learner.teachers import TeacherModel
-from omniopd.learner.terms import KnownReference, in_vocabulary, vocabulary_of
+from omniopd.learner.terms import KnownReference, check_length, in_vocabulary, vocabulary_of
 from omniopd.logits.alignment import group_logprobs
 from omniopd.logits.diagnostics import TopTokens, match_diagnostics, overlap_advantage, overlap_ratio, overlap_reward
 from omniopd.logits.diagnostics import top_k_masses as masses_of
@@ -97,24 +97,16 @@ def match(
 
 def _reading_of(of: Evidence, rollout: Rollout) -> Reading | None:
     if isinstance(of, TokenScores):
-        _check_length(of.num_tokens, rollout)
+        check_length(of.num_tokens, rollout)
         return None
     if isinstance(of, Reading):
-        _check_length(of.num_tokens, rollout)
+        check_length(of.num_tokens, rollout)
         return of
     if of.reading is None:
         raise LearnerError(f"rollout {rollout.id}: the teacher could not read it ({of.missing}); leave it out")
     if of.alignment is None:
-        _check_length(of.num_tokens, rollout)
+        check_length(of.num_tokens, rollout)
     return of.reading
-
-
-def _check_length(num_tokens: int, rollout: Rollout) -> None:
-    if num_tokens != rollout.num_tokens:
-        raise LearnerError(
-            f"rollout {rollout.id}: the teacher's evidence has {num_tokens} tokens and the rollout "
-            f"{rollout.num_tokens}; expected one for each, so it is of another completion"
-        )
 
 
 def _by_slice(policy: Policy, states_TH: Tensor, compare: Compare, slice_tokens: int) -> TokenDiagnostics:

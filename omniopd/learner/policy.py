@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from omniopd.errors import ConfigError, LearnerError, MissingExtraError
+from omniopd.logits.loading import Offload, Quantization, load_frozen_model
 from omniopd.models import load_model, load_tokenizer, pick_device, pick_dtype, read_chat_template, resolve_model
 
 if TYPE_CHECKING:
@@ -226,8 +227,22 @@ def _switch_off_dropout(model: PreTrainedModel) -> None:
                 setattr(module, name, 0.0)
 
 
-def load_frozen(name: str, *, device: str, dtype: str) -> LanguageModel:
-    """Load an open-weight teacher for the logit path."""
-    picked = pick_device(device)
-    model = load_model(resolve_model(name), device=device, dtype=dtype).requires_grad_(False)
-    return LanguageModel(model, compute_dtype=pick_dtype(dtype, picked))
+def load_frozen(
+    name: str,
+    *,
+    device: str,
+    dtype: str,
+    offload: Offload = "none",
+    quantization: Quantization = "none",
+    offload_folder: Path | None = None,
+) -> LanguageModel:
+    """Load an open-weight teacher for the logit path; see `load_frozen_model` for the settings and what it raises."""
+    model = load_frozen_model(
+        resolve_model(name),
+        device=device,
+        dtype=dtype,
+        offload=offload,
+        quantization=quantization,
+        offload_folder=offload_folder,
+    )
+    return LanguageModel(model, compute_dtype=pick_dtype(dtype, pick_device(device)))

@@ -26,7 +26,7 @@ from omniopd.learner.policy import PlainHead, Policy
 from omniopd.learner.teachers import ForeignTeacher, TeacherModel
 from omniopd.logits.reading import Read
 from omniopd.logits.scores import Reading, TokenScores
-from omniopd.types import TokenSignal
+from omniopd.types import Rollout, TokenSignal
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -223,11 +223,7 @@ def _check_evidence(signal: TokenSignal, loss: TokenLoss, vocabulary: int) -> No
     evidence, rollout = signal.kl_evidence, signal.rollout
     if evidence is None:
         return
-    if evidence.num_tokens != rollout.num_tokens:
-        raise LearnerError(
-            f"rollout {rollout.id}: the teacher's evidence has {evidence.num_tokens} tokens and the rollout "
-            f"{rollout.num_tokens}; expected one for each, so it is of another completion"
-        )
+    check_length(evidence.num_tokens, rollout)
     if not isinstance(evidence, TokenScores) or not isinstance(loss, TeacherDivergence):
         return
     width = 0 if evidence.ids_TK is None else evidence.ids_TK.shape[1]
@@ -245,6 +241,15 @@ def _check_evidence(signal: TokenSignal, loss: TokenLoss, vocabulary: int) -> No
         raise LearnerError(
             f"rollout {rollout.id}: the loss reads the {whose}'s {wanted.k} likeliest tokens, and the record has "
             f"{says}; expected {known!r} with {wanted.k} or more"
+        )
+
+
+def check_length(num_tokens: int, rollout: Rollout) -> None:
+    """Raise LearnerError for evidence that has another number of tokens than the rollout."""
+    if num_tokens != rollout.num_tokens:
+        raise LearnerError(
+            f"rollout {rollout.id}: the teacher's evidence has {num_tokens} tokens and the rollout "
+            f"{rollout.num_tokens}; expected one for each, so it is of another completion"
         )
 
 

@@ -17,7 +17,7 @@ from omniopd.logits.reading import (
     ending_ids,
     render_for_teacher,
     special_texts,
-    tokenize_prompt,
+    tokenize_for_teacher,
 )
 from omniopd.models import foreign_tokens
 from omniopd.types import Message, Prompt
@@ -98,7 +98,7 @@ def prompt_check(
     if prompt_format == "teacher":
         try:
             text = render_for_teacher(teacher_tokenizer, prompt.messages)
-            ids = tokenize_prompt(teacher_tokenizer, text)
+            ids = tokenize_for_teacher(teacher_tokenizer, text)
         except DataError as error:
             text, ids = "", ()
             errors.append(str(error))

@@ -17,6 +17,7 @@ from omniopd.logits.alignment import Alignment, align
 from omniopd.logits.scores import Reading
 from omniopd.logits.token_bytes import TokenBytes
 from omniopd.models import render_chat
+from omniopd.templates import tokenize_prompt
 from omniopd.types import Message, Missing, Prompt, Rollout
 
 if TYPE_CHECKING:
@@ -179,7 +180,7 @@ class _TeacherPrompts:
         return self._encode(prompt.messages)
 
     def _encode_now(self, messages: tuple[Message, ...]) -> tuple[int, ...]:
-        return tokenize_prompt(self._tokenizer, render_for_teacher(self._tokenizer, messages))
+        return tokenize_for_teacher(self._tokenizer, render_for_teacher(self._tokenizer, messages))
 
 
 def render_for_teacher(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message]) -> str:
@@ -209,14 +210,9 @@ def render_for_teacher(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Me
         raise DataError(f"the teacher's chat template does not take a conversation of {roles}: {error}") from error
 
 
-def tokenize_prompt(tokenizer: PreTrainedTokenizerBase, text: str) -> tuple[int, ...]:
-    """Tokenise a rendered prompt: a chat template writes special tokens itself, plain text gets the tokenizer's own."""
-    has_template = tokenizer.chat_template is not None
-    ids: list[int] = tokenizer(text, add_special_tokens=not has_template)["input_ids"]
-    # Some tokenizers close plain text with the end token, which nothing can follow.
-    if not has_template and ids and ids[-1] == tokenizer.eos_token_id:
-        ids = ids[:-1]
-    return tuple(ids)
+def tokenize_for_teacher(tokenizer: PreTrainedTokenizerBase, text: str) -> tuple[int, ...]:
+    """Tokenise what `render_for_teacher` wrote."""
+    return tokenize_prompt(tokenizer, text, rendered=tokenizer.chat_template is not None)
 
 
 def end_of_turn(tokenizer: PreTrainedTokenizerBase) -> int | None:

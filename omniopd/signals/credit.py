@@ -168,7 +168,7 @@ class TeacherText:
         rollout, chunk = audited.rollout, audit.chunk
         origin = rollout.char_starts[chunk.start]
         continuations = [
-            (_joined(c, chunk.text), c.is_exact and c.finish_reason == "stop")
+            (rejoin(c, chunk.text), c.is_exact and c.finish_reason == "stop")
             for c in audit.continuations.continuations
             if c.text is not None
         ]
@@ -221,10 +221,15 @@ def _same_character(rollout: Rollout, position: int, vocabulary: StudentVocabula
     return before if tuple(ids[: len(before)]) == before else ()
 
 
-def _joined(continuation: Continuation, student: str) -> str:
-    """Return the continuation with the whitespace that a chat model leaves out between the prefix and its reply."""
+def rejoin(continuation: Continuation, following: str) -> str:
+    """Return the continuation with the whitespace that an asked chat model loses at the joint, as the student has it.
+
+    Args:
+        continuation: a usable one.
+        following: what the student wrote after the prefix.
+    """
     assert continuation.text is not None
-    margin = student[: len(student) - len(student.lstrip())]
+    margin = following[: len(following) - len(following.lstrip())]
     if continuation.is_exact or not margin or continuation.text[:1].isspace():
         return continuation.text
     return margin + continuation.text
